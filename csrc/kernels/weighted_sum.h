@@ -1,0 +1,24 @@
+// The one arithmetic kernel of the collective: destination[e] = scale * sum_i weights[i] * sources[i][e].
+//
+// The sum runs over i ascending, for each element on its own, in float32 for float16, bfloat16 and float32, in float64
+// for float64, and exactly (modulo 2^32 or 2^64) for integers. So the bits depend on the order of the sources alone:
+// not on alignment, on how a buffer is cut into pieces, or on the instruction set of the machine.
+// float16 and bfloat16 are rounded once, to nearest even.
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "base/data_type.h"
+
+namespace hvd_backup {
+
+// Each source and the destination hold `count` elements of `dtype`. The destination may be one of the sources, and may
+// not overlap one in part. Integers: every weight and the scale must be 1 (UsageError otherwise).
+void weighted_sum(DataType dtype, void* destination, std::span<const void* const> sources,
+                  std::span<const double> weights, double scale, std::size_t count);
+
+// The instruction set that weighted_sum has chosen on this machine: "baseline", "avx2" or "avx512".
+const char* kernel_instruction_set();
+
+}  // namespace hvd_backup

@@ -1,0 +1,213 @@
+#include "transport/in_process.h"
+
+#include <cstring>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "base/error.h"
+
+namespace hvd_backup {
+
+namespace {
+
+// A send that waits for its receiver. The lock is held while the receiver copies, so that the sender's memory is not
+// read after the sender has gone.
+struct Offer {
+  std::mutex lock;
+  std::span<const std::byte> data;
+  bool withdrawn = false;
+};
+
+struct OfferArrived {
+  int from;
+  int tag;
+  std::shared_ptr<Offer> offer;
+};
+struct OfferTaken {
+  std::shared_ptr<Offer> offer;
+};
+struct MessageArrived {
+  int from;
+  Bytes message;
+};
+using Letter = std::variant<OfferArrived, OfferTaken, MessageArrived>;
+
+}  // namespace
+
+struct Hub::Mailbox {
+  std::mutex lock;
+  std::vector<Letter> letters;
+  bool in_use = false;  // an endpoint has been made for it
+
+  void post(Letter letter) {
+    const std::lock_guard guard(lock);
+    letters.push_back(std::move(letter));
+  }
+  void take_all(std::vector<Letter>* into) {
+    const std::lock_guard guard(lock);
+    std::swap(letters, *into);
+  }
+};
+
+Hub::Hub(int size) {
+  if (size < 1) throw UsageError("a hub of " + std::to_string(size) + " ranks; expected at least 1");
+  for (int rank = 0; rank < size; ++rank) mailboxes_.push_back(std::make_unique<Mailbox>());
+}
+Hub::~Hub() = default;
+int Hub::size() const { return static_cast<int>(mailboxes_.size()); }
+
+class InProcessTransport final : public Transport {
+ public:
+  InProcessTransport(std::shared_ptr<Hub> hub, int rank) : hub_(std::move(hub)), rank_(rank) {
+    if (rank < 0 || rank >= hub_->size()) {
+      throw UsageError("rank " + std::to_string(rank) + " of a hub of " + std::to_string(hub_->size()) + " ranks");
+    }
+    const std::lock_guard guard(mailbox(rank).lock);
+    if (std::exchange(mailbox(rank).in_use, true)) {
+      throw UsageError("rank " + std::to_string(rank) + " of this hub has an endpoint already; make a hub for each run");
+    }
+  }
+
+  ~InProcessTransport() override {
+    for (auto& [offer, on_done] : offered_) {
+      const std::lock_guard guard(offer->lock);
+      offer->withdrawn = true;
+    }
+  }
+  InProcessTransport(const InProcessTransport&) = delete;
+  InProcessTransport& operator=(const InProcessTransport&) = delete;
+
+  int rank() const override { return rank_; }
+  int size() const override { return hub_->size(); }
+  int max_tag() const override { return 32767; }
+  std::size_t pending() const override { return offered_.size() + receive_count_ + callbacks_.size(); }
+
+  void send_message(int peer, Bytes message) override {
+    if (peer == rank_) {
+      ready_.push_back({rank_, std::move(message)});
+    } else {
+      mailbox(peer).post(MessageArrived{rank_, std::move(message)});
+    }
+  }
+
+  bool receive_message(int* from, Bytes* message) override {
+    read_mail();
+    if (ready_.empty()) return false;
+    *from = ready_.front().from;
+    *message = std::move(ready_.front().message);
+    ready_.pop_front();
+    return true;
+  }
+
+  void start_send(int peer, int tag, std::span<const std::byte> data, OnDone on_done) override {
+    auto offer = std::make_shared<Offer>();
+    offer->data = data;
+    offered_.emplace(offer, std::move(on_done));
+    mailbox(peer).post(OfferArrived{rank_, tag, std::move(offer)});
+  }
+
+  void start_receive(int peer, int tag, std::span<std::byte> data, OnDone on_done) override {
+    Lane& lane = lanes_[{peer, tag}];
+    lane.receives.push_back({data, std::move(on_done)});
+    ++receive_count_;
+    match({peer, tag}, lane);
+  }
+
+  bool cancel_receives(int tag) override {
+    for (auto lane = lanes_.begin(); lane != lanes_.end();) {
+      if (lane->first.second == tag) {
+        receive_count_ -= lane->second.receives.size();
+        lane->second.receives.clear();
+      }
+      lane = lane->second.receives.empty() && lane->second.offers.empty() ? lanes_.erase(lane) : std::next(lane);
+    }
+    return true;
+  }
+
+  bool progress() override {
+    read_mail();
+    std::vector<OnDone> callbacks = std::exchange(callbacks_, {});
+    for (const OnDone& on_done : callbacks) on_done();
+    return !callbacks.empty();
+  }
+
+ private:
+  struct Receive {
+    std::span<std::byte> data;
+    OnDone on_done;
+  };
+  // Transfers from one peer with one tag: at most one of the two queues has anything in it.
+  struct Lane {
+    std::deque<std::shared_ptr<Offer>> offers;
+    std::deque<Receive> receives;
+  };
+  using LaneName = std::pair<int, int>;  // peer, tag
+
+  Hub::Mailbox& mailbox(int rank) { return *hub_->mailboxes_.at(static_cast<std::size_t>(rank)); }
+
+  void read_mail() {
+    mail_.clear();
+    mailbox(rank_).take_all(&mail_);
+    for (Letter& letter : mail_) std::visit([this](auto& content) { handle(content); }, letter);
+  }
+
+  void handle(OfferArrived& arrived) {
+    const LaneName name{arrived.from, arrived.tag};
+    Lane& lane = lanes_[name];
+    lane.offers.push_back(std::move(arrived.offer));
+    match(name, lane);
+  }
+
+  void handle(OfferTaken& taken) {
+    const auto offered = offered_.find(taken.offer);
+    callbacks_.push_back(std::move(offered->second));
+    offered_.erase(offered);
+  }
+
+  void handle(MessageArrived& arrived) { ready_.push_back(std::move(arrived)); }
+
+  void match(const LaneName& name, Lane& lane) {
+    if (lane.offers.empty() || lane.receives.empty()) return;
+    const std::shared_ptr<Offer> offer = std::move(lane.offers.front());
+    Receive receive = std::move(lane.receives.front());
+    {
+      const std::lock_guard guard(offer->lock);
+      if (offer->withdrawn) {  // the sender has gone: nothing will come in this lane any more
+        lane.offers.clear();
+        lane.receives.front() = std::move(receive);
+        return;
+      }
+      if (offer->data.size() != receive.data.size()) {
+        throw RuntimeFailure("a transfer from rank " + std::to_string(name.first) + " with tag " +
+                             std::to_string(name.second) + " has " + std::to_string(offer->data.size()) +
+                             " bytes, " + std::to_string(receive.data.size()) + " were expected");
+      }
+      if (!receive.data.empty()) std::memcpy(receive.data.data(), offer->data.data(), receive.data.size());
+    }
+    mailbox(name.first).post(OfferTaken{offer});
+    callbacks_.push_back(std::move(receive.on_done));
+    --receive_count_;
+    lane.offers.pop_front();
+    lane.receives.pop_front();
+    if (lane.offers.empty() && lane.receives.empty()) lanes_.erase(name);
+  }
+
+  std::shared_ptr<Hub> hub_;
+  int rank_;
+  std::map<LaneName, Lane> lanes_;
+  std::map<std::shared_ptr<Offer>, OnDone> offered_;
+  std::size_t receive_count_ = 0;
+  std::vector<OnDone> callbacks_;
+  std::deque<MessageArrived> ready_;
+  std::vector<Letter> mail_;
+};
+
+std::unique_ptr<Transport> make_in_process_transport(std::shared_ptr<Hub> hub, int rank) {
+  return std::make_unique<InProcessTransport>(std::move(hub), rank);
+}
+
+}  // namespace hvd_backup

@@ -1,0 +1,163 @@
+// The only owners of MPI_Comm, MPI_Request and MPI_Message, and the one place where an MPI error code becomes a
+// RuntimeFailure. Moved, never copied. Destructors call nothing once MPI has been finalised, and never throw.
+#pragma once
+
+#include <mpi.h>
+
+#include <cstddef>
+#include <functional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+
+namespace hvd_backup {
+
+// `doing`: what was tried, and with which peer if there is one: "sending to", 3.
+inline void check_mpi(int code, const char* doing, int peer = -1) {
+  if (code == MPI_SUCCESS) return;
+  char text[MPI_MAX_ERROR_STRING] = {};
+  int length = 0;
+  MPI_Error_string(code, text, &length);
+  throw RuntimeFailure(std::string("MPI error while ") + doing + (peer < 0 ? "" : " rank " + std::to_string(peer)) +
+                       ": " + std::string(text, static_cast<std::size_t>(length)));
+}
+
+inline bool mpi_is_running() noexcept {
+  int initialized = 0;
+  int finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  return initialized != 0 && finalized == 0;
+}
+
+class Communicator {
+ public:
+  // Collective over `original`. Errors on the duplicate are returned, not fatal.
+  static Communicator duplicate_of(MPI_Comm original) {
+    Communicator copy;
+    check_mpi(MPI_Comm_dup(original, &copy.comm_), "duplicating the communicator");
+    check_mpi(MPI_Comm_set_errhandler(copy.comm_, MPI_ERRORS_RETURN), "setting the error handler");
+    return copy;
+  }
+
+  Communicator() = default;
+  Communicator(Communicator&& other) noexcept : comm_(std::exchange(other.comm_, MPI_COMM_NULL)) {}
+  Communicator& operator=(Communicator&& other) noexcept {
+    if (this != &other) {
+      free();
+      comm_ = std::exchange(other.comm_, MPI_COMM_NULL);
+    }
+    return *this;
+  }
+  ~Communicator() { free(); }
+
+  MPI_Comm get() const { return comm_; }
+  void free() noexcept {
+    if (comm_ != MPI_COMM_NULL && mpi_is_running()) MPI_Comm_free(&comm_);
+    comm_ = MPI_COMM_NULL;
+  }
+
+ private:
+  MPI_Comm comm_ = MPI_COMM_NULL;
+};
+
+// A request that has been started. Dropped unfinished, it is left to MPI to finish alone.
+class Request {
+ public:
+  Request() = default;
+  Request(Request&& other) noexcept : request_(other.release()) {}
+  Request& operator=(Request&& other) noexcept {
+    std::swap(request_, other.request_);
+    return *this;
+  }
+  ~Request() {
+    if (request_ != MPI_REQUEST_NULL && mpi_is_running()) MPI_Request_free(&request_);
+  }
+
+  MPI_Request* address() { return &request_; }  // for the MPI call that starts it
+  MPI_Request release() noexcept { return std::exchange(request_, MPI_REQUEST_NULL); }
+
+  bool finished(const char* doing, int peer) {
+    int flag = 0;
+    check_mpi(MPI_Test(&request_, &flag, MPI_STATUS_IGNORE), doing, peer);
+    return flag != 0;
+  }
+
+ private:
+  MPI_Request request_ = MPI_REQUEST_NULL;
+};
+
+// A message that has been matched and not yet received.
+class MatchedMessage {
+ public:
+  // False when no message has arrived on `comm`.
+  bool probe(MPI_Comm comm) {
+    int found = 0;
+    check_mpi(MPI_Improbe(MPI_ANY_SOURCE, MPI_ANY_TAG, comm, &found, &message_, &status_), "looking for messages");
+    return found != 0;
+  }
+
+  MatchedMessage() = default;
+  MatchedMessage(const MatchedMessage&) = delete;
+  MatchedMessage& operator=(const MatchedMessage&) = delete;
+
+  int source() const { return status_.MPI_SOURCE; }
+  std::size_t size() const {
+    int count = 0;
+    MPI_Get_count(&status_, MPI_BYTE, &count);
+    return static_cast<std::size_t>(count);
+  }
+  Request start_receive(std::span<std::byte> data) {
+    Request request;
+    check_mpi(MPI_Imrecv(data.data(), static_cast<int>(data.size()), MPI_BYTE, &message_, request.address()),
+              "receiving a message from", source());
+    return request;
+  }
+
+ private:
+  MPI_Message message_ = MPI_MESSAGE_NULL;
+  MPI_Status status_{};
+};
+
+// Outstanding requests, packed as MPI_Testsome wants them, each with a number of the owner's choosing. To add or remove
+// one costs the same however many there are.
+class RequestSet {
+ public:
+  struct Finished {
+    std::size_t number;
+    int code;           // MPI_SUCCESS, or the error of this request
+    std::size_t bytes;  // received
+    bool cancelled;     // nothing was received
+  };
+
+  RequestSet() = default;
+  RequestSet(const RequestSet&) = delete;
+  RequestSet& operator=(const RequestSet&) = delete;
+  ~RequestSet() { abandon({}); }
+
+  void add(Request request, std::size_t number) {
+    numbers_.push_back(number);
+    requests_.push_back(request.release());
+  }
+
+  // Removes what has finished and returns it; valid until the next call.
+  std::span<const Finished> take_finished();
+
+  // Asks MPI to cancel those that `which` chooses; they finish as cancelled, or as usual when they were matched already.
+  void cancel(const std::function<bool(std::size_t)>& which);
+
+  // Cancels the receives (those for whose number `is_receive` says so) and leaves the sends to MPI to finish.
+  void abandon(const std::function<bool(std::size_t)>& is_receive) noexcept;
+
+ private:
+  std::vector<MPI_Request> requests_;
+  std::vector<std::size_t> numbers_;  // of the request at the same index
+  std::vector<int> indices_;
+  std::vector<MPI_Status> statuses_;
+  std::vector<Finished> finished_;
+};
+
+}  // namespace hvd_backup

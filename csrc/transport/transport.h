@@ -1,0 +1,56 @@
+// Bytes between two ranks, in two kinds that never overtake their own kind between the same pair:
+//
+//   messages   small, self-contained, any size known only to the sender (arrivals, decisions, requests)
+//   transfers  large, into a buffer that the receiver has named, matched by (peer, tag)
+//
+// Nothing here blocks. A transport is used by one thread, the engine's. A peer that does not answer (stopped process)
+// leaves its transfers pending and costs nobody else anything; a message towards it is buffered.
+// What it is not: it knows no steps and no gradients.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <span>
+#include <vector>
+
+namespace hvd_backup {
+
+using Bytes = std::vector<std::byte>;
+using OnDone = std::function<void()>;
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  // Tags of transfers run from 0 to max_tag() inclusive; at least 32767.
+  virtual int max_tag() const = 0;
+
+  // Takes the message; a message to one's own rank is allowed. Order between the same pair is kept.
+  virtual void send_message(int peer, Bytes message) = 0;
+
+  // The next message, if one has arrived. Returns false when there is none.
+  virtual bool receive_message(int* from, Bytes* message) = 0;
+
+  // Starts a transfer of `data` (any size, above 2^31 bytes too, zero too). `data` must stay valid, and for a send
+  // unchanged, until `on_done` has run. Two transfers between the same pair with the same tag match in the order in
+  // which they were started, and must have equal sizes. Never to one's own rank.
+  virtual void start_send(int peer, int tag, std::span<const std::byte> data, OnDone on_done) = 0;
+  virtual void start_receive(int peer, int tag, std::span<std::byte> data, OnDone on_done) = 0;
+
+  // Withdraws the receives with this tag, from whichever peer, that nothing has arrived for: their callbacks never run. Returns
+  // whether none is left; false while one is in the middle of arriving, which ends like any other: ask again after progress().
+  // What peers have sent with this tag stays pending there.
+  virtual bool cancel_receives(int tag) = 0;
+
+  // Completes what can be completed and runs the callbacks, which may start new transfers. Returns whether anything
+  // was completed.
+  virtual bool progress() = 0;
+
+  // Transfers and messages that have been started and are not complete.
+  virtual std::size_t pending() const = 0;
+};
+
+}  // namespace hvd_backup
