@@ -1,0 +1,549 @@
+#include "control/channel_book.h"
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+
+#include "control/policy.h"
+
+namespace hvd_backup {
+
+namespace {
+
+constexpr Step updates_per_page = 16;  // of one History: a late rank asks again after it has applied them
+
+// The first line in which two descriptions differ, as "line 3: given X, expected Y".
+std::string first_difference(const std::string& given, const std::string& expected) {
+  std::istringstream given_lines(given), expected_lines(expected);
+  for (int number = 1;; ++number) {
+    std::string a, b;
+    const bool has_a = static_cast<bool>(std::getline(given_lines, a));
+    const bool has_b = static_cast<bool>(std::getline(expected_lines, b));
+    if (!has_a && !has_b) return "equal";
+    if (has_a && has_b && a == b) continue;
+    return "line " + std::to_string(number) + ": given " + (has_a ? "'" + a + "'" : "nothing") + ", expected " +
+           (has_b ? "'" + b + "'" : "nothing");
+  }
+}
+
+}  // namespace
+
+ChannelBook::ChannelBook(ChannelId id, const Open& first, int size, TagSource tags, Outbox& out)
+    : id_(id),
+      name_(first.name),
+      kind_(first.kind),
+      options_(first.options),
+      size_(size),
+      description_(first.description),
+      proposal_(first.proposal),
+      wait_for_all_(first.wait_for_all),
+      tags_(std::move(tags)),
+      out_(out),
+      ranks_(static_cast<std::size_t>(size)),
+      gone_(static_cast<std::size_t>(size), false),
+      rounds_(size) {
+  first_rank_ = -1;
+}
+
+void ChannelBook::open(int from, const Open& message, TimeUs now) {
+  RankState& rank = ranks_[static_cast<std::size_t>(from)];
+  rank.opened = true;
+  if (first_rank_ < 0) {
+    first_rank_ = from;
+    opened_at_ = now;
+  }
+  if (!failure_.empty()) {
+    out_.replies.push_back({from, Failed{name_, failure_}});
+    return;
+  }
+  if (message.kind != kind_ || message.description != description_) {
+    fail("rank " + std::to_string(from) + " and rank " + std::to_string(first_rank_) + " differ in '" + name_ + "': " +
+             first_difference(message.description, description_) +
+             ". All ranks must give the same tensors (names, shapes, dtypes, order) and the same options",
+         now);
+    return;
+  }
+  const auto opened = [&](int to) { out_.replies.push_back({to, Opened{name_, id_, proposal_}}); };
+  if (!wait_for_all_) {
+    opened(from);
+    return;
+  }
+  const auto there = [&](int r) { return gone_[static_cast<std::size_t>(r)] || ranks_[static_cast<std::size_t>(r)].opened; };
+  for (int r = 0; r < size_; ++r) {
+    if (!there(r)) return;
+  }
+  wait_for_all_ = false;
+  out_.records.push_back(record(Record::Event::opened, now));
+  for (int r = 0; r < size_; ++r) {
+    if (ranks_[static_cast<std::size_t>(r)].opened) opened(r);
+  }
+}
+
+void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
+  RankState& rank = ranks_[static_cast<std::size_t>(from)];
+  rank.applied = std::max(rank.applied, message.base);
+  rank.reached = std::max(rank.reached, message.base);
+  rank.round = std::max(rank.round, message.round);
+  rank.away = false;
+  rank.paused = false;
+  scopes_ = message.scopes;
+  buckets_ = message.buckets;
+  if (rounds_.is_over(message.round)) {
+    late(from, message, now, "its round is over");
+  } else if (message.step < open_step_) {
+    late(from, message, now, "decided without it");
+  } else if (const auto end = rounds_.planned_end(gone_); end && message.step >= *end) {
+    late(from, message, now, "its round is over");
+  } else {
+    Slot& slot = slots_[{message.step, message.scope}];
+    if (slot.decision) {
+      late(from, message, now, "decided without it");
+    } else {
+      slot.arrivals.push_back({from, now, message});
+    }
+  }
+  settle(now);
+}
+
+void ChannelBook::withdraw(int from, const Withdraw& message, TimeUs now) {
+  const auto found = slots_.find({message.step, message.scope});
+  if (found == slots_.end()) return;
+  Slot& slot = found->second;
+  if (!slot.decision) {
+    std::erase_if(slot.arrivals, [&](const Arrival& arrival) { return arrival.rank == from; });
+  } else if (!slot.is_final()) {
+    Decision& decision = *slot.decision;
+    const auto position = std::find(decision.contributors.begin(), decision.contributors.end(), from);
+    if (position == decision.contributors.end()) return;
+    const auto index = position - decision.contributors.begin();
+    decision.contributors.erase(position);
+    decision.samples -= decision.weights[static_cast<std::size_t>(index)];
+    decision.weights.erase(decision.weights.begin() + index);
+    ++decision.attempt;
+    decision.tag = tags_(2 * buckets_);
+    slot.done.clear();
+    Record replaced = record(Record::Event::replaced, now);
+    replaced.step = message.step;
+    replaced.scope = message.scope;
+    replaced.attempt = decision.attempt;
+    replaced.ranks = {from};
+    out_.records.push_back(replaced);
+    send_decision(decision);
+  }
+  settle(now);
+}
+
+void ChannelBook::done(int from, const Done& message, TimeUs now) {
+  const auto found = slots_.find({message.step, message.scope});
+  if (found == slots_.end() || !found->second.decision || found->second.decision->attempt != message.attempt) return;
+  found->second.done.insert(from);
+  Step& reached = ranks_[static_cast<std::size_t>(from)].reached;
+  reached = std::max(reached, message.step + 1);
+  if (found->second.is_final()) settle(now);
+}
+
+void ChannelBook::sync(int from, const Sync& message, TimeUs now) {
+  RankState& rank = ranks_[static_cast<std::size_t>(from)];
+  rank.applied = std::max(rank.applied, message.have);
+  rank.reached = std::max(rank.reached, message.have);
+  rank.round = std::max(rank.round, message.round);
+  rank.waiting = message;
+  settle(now);
+}
+
+void ChannelBook::begin_round(int from, const BeginRound& message, TimeUs now) {
+  RankState& rank = ranks_[static_cast<std::size_t>(from)];
+  rank.round = std::max(rank.round, message.round);
+  if (rounds_.is_over(message.round)) return;  // it is late for the whole round, and learns so from its Sync
+  if (rounds_.followed() && rounds_.align_every() != message.align_every) {
+    fail("rank " + std::to_string(from) + " follows '" + name_ + "' with align_every=" +
+             std::to_string(message.align_every) + ", another rank with " + std::to_string(rounds_.align_every()) +
+             ": give the same on all ranks",
+         now);
+    return;
+  }
+  rank.away = false;
+  rounds_.begin(from, message.length, message.align_every);
+  settle(now);
+}
+
+void ChannelBook::away(int from, const Away& message, TimeUs now) {
+  if (rounds_.is_over(message.round)) return;
+  ranks_[static_cast<std::size_t>(from)].away = true;
+  settle(now);
+}
+
+void ChannelBook::leave(int from, int round, TimeUs now) {
+  RankState& rank = ranks_[static_cast<std::size_t>(from)];
+  rank.round = std::max(rank.round, round);
+  if (!rounds_.is_over(round)) {
+    rank.away = true;
+    const bool begun = std::any_of(slots_.begin(), slots_.end(), [&](const auto& entry) {
+      return entry.first.first == open_step_ && entry.second.decision;
+    });
+    rounds_.fix_end(open_step_ + (begun ? 1 : 0));  // a step of which a part is decided is finished first
+  }
+  settle(now);
+}
+
+void ChannelBook::gone(int from, const std::string& failure, TimeUs now) {
+  RankState& rank = ranks_[static_cast<std::size_t>(from)];
+  gone_[static_cast<std::size_t>(from)] = true;
+  rank.waiting.reset();
+  Record gone = record(Record::Event::gone, now);
+  gone.ranks = {from};
+  gone.reason = failure;
+  out_.records.push_back(gone);
+  if (!failure_.empty() || !rank.opened) {
+    settle(now);
+    return;
+  }
+  if (!failure.empty() && options_.required >= size_) {
+    fail("rank " + std::to_string(from) + " has left at step " + std::to_string(rank.reached) + " (" + failure +
+             "), and '" + name_ + "' needs all ranks (no backup workers)",
+         now);
+    return;
+  }
+  if (failure.empty() && kind_ == ChannelKind::training && !rounds_.followed()) {
+    leave(from, rank.round, now);
+    return;
+  }
+  settle(now);
+}
+
+void ChannelBook::set_paused(int rank, bool paused, TimeUs now) {
+  ranks_[static_cast<std::size_t>(rank)].paused = paused;
+  settle(now);
+}
+
+void ChannelBook::set_joined(int rank, bool joined, TimeUs now) {
+  ranks_[static_cast<std::size_t>(rank)].joined = joined;
+  settle(now);
+}
+
+Step ChannelBook::skip_to_open_step(int rank) {
+  ranks_[static_cast<std::size_t>(rank)].applied = open_step_;
+  return open_step_;
+}
+
+void ChannelBook::tick(TimeUs now) { settle(now); }
+
+bool ChannelBook::able(int rank) const {
+  const RankState& state = ranks_[static_cast<std::size_t>(rank)];
+  if (gone_[static_cast<std::size_t>(rank)] || state.away || state.joined) return false;
+  return strict() || !state.paused;
+}
+
+Step ChannelBook::all_have() const {
+  Step least = open_step_;
+  for (int r = 0; r < size_; ++r) {
+    if (!gone_[static_cast<std::size_t>(r)]) least = std::min(least, ranks_[static_cast<std::size_t>(r)].applied);
+  }
+  return least;
+}
+
+Outlook ChannelBook::outlook_for(int rank) const {
+  const int round = ranks_[static_cast<std::size_t>(rank)].round;
+  const Step end = rounds_.is_over(round) ? rounds_.end_of(round) : rounds_.planned_end(gone_).value_or(-1);
+  return {end, all_have()};
+}
+
+// All ranks are to meet at the open step (align_every), and not all are there.
+bool ChannelBook::meeting_pending() const {
+  const std::int64_t every = rounds_.align_every();
+  return rounds_.followed() && every > 0 && open_step_ > rounds_.start() && open_step_ % every == 0 &&
+         all_have() < open_step_;
+}
+
+// Why the open step may not be decided yet although enough have arrived; empty: it may.
+std::optional<std::string> ChannelBook::held(TimeUs now) {
+  if (meeting_pending()) return "the ranks meet at step " + std::to_string(open_step_);
+  const Step least = all_have();
+  if (open_step_ + 1 - least <= options_.max_lag) {
+    held_reason_.clear();
+    return std::nullopt;
+  }
+  Record held = record(Record::Event::held, now);
+  for (int r = 0; r < size_; ++r) {
+    const auto index = static_cast<std::size_t>(r);
+    if (!gone_[index] && ranks_[index].applied == least) held.ranks.push_back(r);
+  }
+  held.step = open_step_;
+  std::string who;
+  for (int r : held.ranks) who += (who.empty() ? "" : ", ") + std::to_string(r);
+  held.reason = "rank " + who + " is " + std::to_string(open_step_ - least) + " updates behind, at step " +
+                std::to_string(least) + ", and the journal holds max_lag=" + std::to_string(options_.max_lag) +
+                ": the others wait for it (on_max_lag=\"wait\")";
+  if (held_reason_.empty()) out_.records.push_back(held);
+  held_reason_ = held.reason;
+  return held.reason;
+}
+
+void ChannelBook::settle(TimeUs now) {
+  deadline_.reset();
+  if (failure_.empty()) {
+    while (close_round_if_ended(now) || decide_what_can(now)) {
+    }
+    finish_steps(now);
+  }
+  for (int r = 0; r < size_; ++r) answer(r, now);
+}
+
+bool ChannelBook::close_round_if_ended(TimeUs now) {
+  bool all_away = rounds_.followed();
+  bool anybody = false;
+  for (int r = 0; r < size_ && all_away; ++r) {
+    if (gone_[static_cast<std::size_t>(r)]) continue;
+    anybody = true;
+    all_away = ranks_[static_cast<std::size_t>(r)].away;
+  }
+  const auto planned = rounds_.planned_end(gone_);
+  const bool ended = (planned && open_step_ >= *planned) || (all_away && anybody);
+  if (!ended) return false;
+  dismiss_arrivals(now, "its round is over");
+  Record over = record(Record::Event::round_over, now);
+  over.step = open_step_;
+  out_.records.push_back(over);
+  rounds_.close(open_step_);
+  for (RankState& rank : ranks_) rank.away = false;
+  return true;
+}
+
+bool ChannelBook::decide_what_can(TimeUs now) {
+  bool any_arrival = false;
+  for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
+    any_arrival = any_arrival || !slot->second.arrivals.empty();
+  }
+  if (!any_arrival || held(now)) return false;
+  bool decided_something = false;
+  int decided = 0;
+  for (int scope = 0; scope < scopes_; ++scope) {
+    Slot& slot = slots_[{open_step_, scope}];
+    if (slot.decision) {
+      ++decided;
+      continue;
+    }
+    std::vector<bool> arrived(static_cast<std::size_t>(size_), false);
+    for (const Arrival& arrival : slot.arrivals) arrived[static_cast<std::size_t>(arrival.rank)] = true;
+    CloseView view;
+    view.required = options_.required;
+    view.arrived = static_cast<int>(slot.arrivals.size());
+    for (int r = 0; r < size_; ++r) {
+      if (arrived[static_cast<std::size_t>(r)]) continue;
+      if (strict() && gone_[static_cast<std::size_t>(r)] && !slot.arrivals.empty()) {
+        fail("rank " + std::to_string(r) + " has left, and '" + name_ + "' needs all ranks", now);
+        return false;
+      }
+      if (!able(r)) continue;
+      const RankState& missing = ranks_[static_cast<std::size_t>(r)];
+      ++view.able;
+      view.owed = view.owed || (options_.max_misses > 0 && missing.misses >= options_.max_misses);
+      if (missing.handicap_us) {
+        view.reentry_us =
+            std::max(view.reentry_us, reentry_wait_us(missing.saved_us, *missing.handicap_us, typical_us_));
+      }
+    }
+    view.now = now;
+    view.grace_us = options_.grace_us;
+    const int needed = needed_arrivals(view.required, view.arrived, view.able);
+    if (view.arrived >= needed) view.nth_arrival = slot.arrivals[static_cast<std::size_t>(needed - 1)].at;
+    const Verdict verdict = close_decision(view);
+    if (verdict.look_again) look_again(*verdict.look_again);
+    if (!verdict.yes) continue;
+    decide(scope, slot, verdict.reason, now);
+    ++decided;
+    decided_something = true;
+  }
+  if (decided == scopes_) advance_open_step(now);
+  return decided_something;
+}
+
+void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeUs now) {
+  std::sort(slot.arrivals.begin(), slot.arrivals.end(),
+            [](const Arrival& a, const Arrival& b) { return a.rank < b.rank; });
+  Decision decision;
+  decision.channel = id_;
+  decision.step = open_step_;
+  decision.scope = scope;
+  decision.tag = tags_(2 * buckets_);
+  decision.metadata = slot.arrivals.front().message.metadata;
+  Record decided = record(Record::Event::decision, now);
+  decided.step = open_step_;
+  decided.scope = scope;
+  decided.reason = reason;
+  for (const Arrival& arrival : slot.arrivals) {
+    decision.contributors.push_back(arrival.rank);
+    decision.weights.push_back(arrival.message.samples);
+    decision.samples += arrival.message.samples;
+    decided.bases.push_back(arrival.message.base);
+    decided.arrivals.push_back(arrival.at);
+  }
+  decided.ranks = decision.contributors;
+  out_.records.push_back(decided);
+  slot.decision = decision;
+  send_decision(decision);
+}
+
+void ChannelBook::send_decision(const Decision& decision) {
+  for (int contributor : decision.contributors) {
+    Decision personal = decision;
+    personal.outlook = outlook_for(contributor);
+    out_.replies.push_back({contributor, personal});
+  }
+}
+
+void ChannelBook::advance_open_step(TimeUs now) {
+  std::vector<int> in(static_cast<std::size_t>(size_), 0);
+  for (int scope = 0; scope < scopes_; ++scope) {
+    for (int r : slots_[{open_step_, scope}].decision->contributors) ++in[static_cast<std::size_t>(r)];
+  }
+  for (int r = 0; r < size_; ++r) {
+    RankState& rank = ranks_[static_cast<std::size_t>(r)];
+    const TimeUs waited = rank.handicap_us ? reentry_wait_us(rank.saved_us, *rank.handicap_us, typical_us_) : 0;
+    rank.handicap_us.reset();
+    if (in[static_cast<std::size_t>(r)] == scopes_) {
+      rank.misses = 0;
+      rank.saved_us = 0;
+    } else if (able(r)) {
+      ++rank.misses;
+      rank.saved_us += reentry_saving_us(typical_us_) - waited;
+    }
+  }
+  // A moving average; one stall of everybody may not make later steps look young for long.
+  const TimeUs took = std::max<TimeUs>(1, now - opened_at_);
+  typical_us_ = typical_us_ == 0 ? took : typical_us_ + (std::min(took, 4 * typical_us_) - typical_us_) / 8;
+  ++open_step_;
+  opened_at_ = now;
+}
+
+void ChannelBook::finish_steps(TimeUs now) {
+  while (final_ < open_step_) {
+    PastUpdate update;
+    update.step = final_;
+    for (int scope = 0; scope < scopes_; ++scope) {
+      const auto slot = slots_.find({final_, scope});
+      if (slot == slots_.end() || !slot->second.is_final()) return;
+      const Decision& decision = *slot->second.decision;
+      update.contributors.push_back(decision.contributors);
+      if (scope == 0) {
+        update.samples = decision.samples;
+        update.metadata = decision.metadata;
+      }
+    }
+    Record finished = record(Record::Event::final_, now);
+    finished.step = final_;
+    out_.records.push_back(finished);
+    for (int scope = 0; scope < scopes_; ++scope) slots_.erase({final_, scope});
+    history_.push_back(std::move(update));
+    ++final_;
+    if (final_ == open_step_) opened_at_ = now;
+    const Step least = all_have();
+    while (!history_.empty() && history_first_ < least) {
+      history_.pop_front();
+      ++history_first_;
+    }
+  }
+}
+
+void ChannelBook::answer(int to, TimeUs now) {
+  RankState& rank = ranks_[static_cast<std::size_t>(to)];
+  if (!rank.waiting || gone_[static_cast<std::size_t>(to)]) return;
+  const Step have = rank.waiting->have;
+  const int round = rank.waiting->round;
+  const auto reply = [&](auto message) {
+    rank.waiting.reset();
+    message.channel = id_;
+    message.outlook = outlook_for(to);
+    out_.replies.push_back({to, message});
+  };
+  if (!failure_.empty()) {
+    rank.waiting.reset();
+    out_.replies.push_back({to, Failed{name_, failure_}});
+    return;
+  }
+  Step limit = std::numeric_limits<Step>::max();
+  if (kind_ == ChannelKind::collective) {
+    limit = have + 1;
+  } else if (rounds_.is_over(round)) {
+    limit = rounds_.end_of(round);
+    if (have >= limit) {
+      reply(Over{});
+      rank.round = round + 1;
+      return;
+    }
+  } else if (rounds_.followed() && rounds_.align_every() > 0) {
+    limit = (have / rounds_.align_every() + 1) * rounds_.align_every();
+  }
+  const Step upto = std::min({final_, limit, have + updates_per_page});
+  if (have < upto) {
+    History history;
+    for (Step step = have; step < upto; ++step) {
+      history.updates.push_back(history_[static_cast<std::size_t>(step - history_first_)]);
+    }
+    Record caught_up = record(Record::Event::caught_up, now);
+    caught_up.ranks = {to};
+    caught_up.step = have;
+    caught_up.reason = std::to_string(upto - have) + " updates";
+    out_.records.push_back(caught_up);
+    reply(std::move(history));
+    return;
+  }
+  if (have < open_step_ || rank.away || kind_ == ChannelKind::collective) return;  // until something is final, or over
+  int could = 0;
+  for (int r = 0; r < size_; ++r) could += able(r) ? 1 : 0;
+  ResumeView view;
+  view.now = now;
+  view.opened = opened_at_;
+  view.typical_us = typical_us_;
+  view.needed = could <= options_.required || held(now).has_value() ||
+                (options_.max_misses > 0 && rank.misses >= options_.max_misses);
+  const Verdict verdict = rank.misses == 0 ? Verdict{true, {}, "it was not late"} : resume_now(view);
+  if (verdict.yes) {
+    if (rank.misses > 0) rank.handicap_us = now - opened_at_;
+    reply(Resume{});
+  } else if (verdict.look_again) {
+    look_again(*verdict.look_again);
+  }
+}
+
+void ChannelBook::late(int to, const Arrive& message, TimeUs now, const std::string& reason) {
+  Record dropped = record(Record::Event::dropped, now);
+  dropped.step = message.step;
+  dropped.scope = message.scope;
+  dropped.ranks = {to};
+  dropped.bases = {message.base};
+  dropped.reason = reason;
+  out_.records.push_back(dropped);
+  out_.replies.push_back({to, Late{id_, message.step, message.scope, open_step_, outlook_for(to)}});
+}
+
+void ChannelBook::dismiss_arrivals(TimeUs now, const std::string& reason) {
+  for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end();) {
+    for (const Arrival& arrival : slot->second.arrivals) late(arrival.rank, arrival.message, now, reason);
+    slot = slots_.erase(slot);
+  }
+}
+
+void ChannelBook::fail(const std::string& reason, TimeUs now) {
+  failure_ = reason;
+  Record failed = record(Record::Event::failed, now);
+  failed.reason = reason;
+  out_.records.push_back(failed);
+  for (int r = 0; r < size_; ++r) {
+    RankState& rank = ranks_[static_cast<std::size_t>(r)];
+    rank.waiting.reset();
+    if (rank.opened && !gone_[static_cast<std::size_t>(r)]) out_.replies.push_back({r, Failed{name_, reason}});
+  }
+}
+
+void ChannelBook::look_again(TimeUs at) { deadline_ = deadline_ ? std::min(*deadline_, at) : at; }
+
+Record ChannelBook::record(Record::Event event, TimeUs now) const {
+  Record record;
+  record.at = now;
+  record.event = event;
+  record.channel = name_;
+  return record;
+}
+
+}  // namespace hvd_backup

@@ -1,0 +1,137 @@
+// The coordinator's book of one channel: who has arrived, what was decided, who is where. Pure: messages and time come in,
+// messages and records go out. The Coordinator owns one for each channel and routes to it.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "control/messages.h"
+#include "control/record.h"
+#include "control/rounds.h"
+
+namespace hvd_backup {
+
+struct Reply {
+  int to = 0;
+  Message message;
+};
+
+// Collects what a book has to say during one event; shared by all books of a coordinator.
+struct Outbox {
+  std::vector<Reply> replies;
+  std::vector<Record> records;
+};
+
+class ChannelBook {
+ public:
+  // tags: takes how many tags are wanted, returns the first of them.
+  using TagSource = std::function<std::int32_t(std::int32_t)>;
+
+  ChannelBook(ChannelId id, const Open& first, int size, TagSource tags, Outbox& out);
+
+  const std::string& name() const { return name_; }
+  ChannelKind kind() const { return kind_; }
+
+  void open(int from, const Open& message, TimeUs now);
+  void arrive(int from, const Arrive& message, TimeUs now);
+  void withdraw(int from, const Withdraw& message, TimeUs now);
+  void done(int from, const Done& message, TimeUs now);
+  void sync(int from, const Sync& message, TimeUs now);
+  void begin_round(int from, const BeginRound& message, TimeUs now);
+  void away(int from, const Away& message, TimeUs now);
+  void leave(int from, int round, TimeUs now);
+  void gone(int from, const std::string& failure, TimeUs now);
+
+  // kind `collective` only: the rank is in a full collective / has joined, and so cannot contribute.
+  void set_paused(int rank, bool paused, TimeUs now);
+  void set_joined(int rank, bool joined, TimeUs now);
+
+  // The rank goes on with the open step: it is released from a join, and the calls that it has not made don't count.
+  Step skip_to_open_step(int rank);
+
+  void tick(TimeUs now);
+  std::optional<TimeUs> next_deadline() const { return deadline_; }
+
+ private:
+  struct RankState {
+    bool opened = false;
+    bool away = false;
+    bool paused = false;
+    bool joined = false;
+    Step applied = 0;  // at least; acknowledged by asking for more
+    Step reached = 0;  // at least; it has the results of all steps before
+    int round = 0;
+    int misses = 0;  // in a row
+    TimeUs saved_us = 0;                  // towards a wait for its re-entry
+    std::optional<TimeUs> handicap_us;    // it was told to start on the open step so long after the others
+    std::optional<Sync> waiting;  // a Sync that has no answer yet
+  };
+  struct Arrival {
+    int rank = 0;
+    TimeUs at = 0;
+    Arrive message;
+  };
+  struct Slot {  // of one (step, scope)
+    std::vector<Arrival> arrivals;
+    std::optional<Decision> decision;
+    std::set<int> done;
+    bool is_final() const { return decision && done.size() >= decision->contributors.size(); }
+  };
+  using SlotKey = std::pair<Step, int>;
+
+  bool able(int rank) const;
+  bool strict() const { return kind_ == ChannelKind::collective && options_.required >= size_; }
+  Outlook outlook_for(int rank) const;
+  Step all_have() const;
+  std::optional<std::string> held(TimeUs now);
+  bool meeting_pending() const;
+  void settle(TimeUs now);
+  bool decide_what_can(TimeUs now);
+  bool close_round_if_ended(TimeUs now);
+  void decide(int scope, Slot& slot, const std::string& reason, TimeUs now);
+  void send_decision(const Decision& decision);
+  void advance_open_step(TimeUs now);
+  void finish_steps(TimeUs now);
+  void answer(int rank, TimeUs now);
+  void late(int to, const Arrive& message, TimeUs now, const std::string& reason);
+  void dismiss_arrivals(TimeUs now, const std::string& reason);
+  void fail(const std::string& reason, TimeUs now);
+  void look_again(TimeUs at);
+  Record record(Record::Event event, TimeUs now) const;
+
+  const ChannelId id_;
+  const std::string name_;
+  const ChannelKind kind_;
+  const ChannelOptions options_;
+  const int size_;
+  std::string description_;
+  std::string proposal_;
+  int first_rank_ = 0;
+  bool wait_for_all_ = false;
+  TagSource tags_;
+  Outbox& out_;
+
+  std::vector<RankState> ranks_;
+  std::vector<bool> gone_;
+  Rounds rounds_;
+  int scopes_ = 1;
+  int buckets_ = 1;
+  Step open_step_ = 0;  // the first that is not decided in all its scopes
+  Step final_ = 0;      // all steps before it are final
+  std::map<SlotKey, Slot> slots_;
+  std::deque<PastUpdate> history_;  // steps [history_first_, open_step_)
+  Step history_first_ = 0;
+  TimeUs opened_at_ = 0;
+  TimeUs typical_us_ = 0;
+  std::optional<TimeUs> deadline_;
+  std::string failure_;
+  std::string held_reason_;
+};
+
+}  // namespace hvd_backup

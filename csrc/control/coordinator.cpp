@@ -1,0 +1,142 @@
+#include "control/coordinator.h"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace hvd_backup {
+
+Coordinator::Coordinator(int size, std::int32_t tag_limit)
+    : size_(size),
+      tag_limit_(tag_limit),
+      joined_(static_cast<std::size_t>(size), false),
+      paused_(static_cast<std::size_t>(size), false),
+      gone_(static_cast<std::size_t>(size), false) {}
+
+ChannelBook& Coordinator::book(ChannelId id) {
+  if (id >= books_.size()) throw RuntimeFailure("malformed message: unknown channel " + std::to_string(id));
+  return *books_[id];
+}
+
+// Tags are used again after the whole range has gone by, long after the transfers of their last use have ended.
+std::int32_t Coordinator::take_tags(std::int32_t count) {
+  if (next_tag_ + count > tag_limit_) next_tag_ = 0;
+  return std::exchange(next_tag_, next_tag_ + count);
+}
+
+void Coordinator::receive(int from, const Message& message, TimeUs now) {
+  std::visit(
+      [&](const auto& body) {
+        using Body = std::decay_t<decltype(body)>;
+        if constexpr (std::is_same_v<Body, Open>) {
+          open(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Arrive>) {
+          ChannelBook& channel = book(body.channel);
+          if (channel.kind() == ChannelKind::collective && paused_[static_cast<std::size_t>(from)]) pause(from, false, now);
+          channel.arrive(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Withdraw>) {
+          book(body.channel).withdraw(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Done>) {
+          book(body.channel).done(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Sync>) {
+          book(body.channel).sync(from, body, now);
+        } else if constexpr (std::is_same_v<Body, BeginRound>) {
+          book(body.channel).begin_round(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Away>) {
+          book(body.channel).away(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Leave>) {
+          book(body.channel).leave(from, body.round, now);
+        } else if constexpr (std::is_same_v<Body, Pause>) {
+          pause(from, true, now);
+        } else if constexpr (std::is_same_v<Body, Join>) {
+          join(from, now);
+        } else if constexpr (std::is_same_v<Body, Exit>) {
+          exit(from, body, now);
+        } else {
+          throw RuntimeFailure("malformed message: this kind is not for the coordinator");
+        }
+      },
+      message);
+}
+
+void Coordinator::open(int from, const Open& message, TimeUs now) {
+  const auto [entry, is_new] = ids_.try_emplace(message.name, static_cast<ChannelId>(books_.size()));
+  if (is_new) {
+    books_.push_back(std::make_unique<ChannelBook>(
+        entry->second, message, size_, [this](std::int32_t count) { return take_tags(count); }, out_));
+    ChannelBook& created = *books_.back();
+    for (int r = 0; r < size_; ++r) {
+      const auto index = static_cast<std::size_t>(r);
+      if (gone_[index]) created.gone(r, "", now);
+      if (created.kind() != ChannelKind::collective) continue;
+      if (joined_[index]) created.set_joined(r, true, now);
+      if (paused_[index]) created.set_paused(r, true, now);
+    }
+  }
+  book(entry->second).open(from, message, now);
+}
+
+void Coordinator::pause(int from, bool paused, TimeUs now) {
+  paused_[static_cast<std::size_t>(from)] = paused;
+  for (auto& channel : books_) {
+    if (channel->kind() == ChannelKind::collective) channel->set_paused(from, paused, now);
+  }
+}
+
+void Coordinator::join(int from, TimeUs now) {
+  joined_[static_cast<std::size_t>(from)] = true;
+  last_joined_ = from;
+  for (auto& channel : books_) {
+    if (channel->kind() == ChannelKind::collective) channel->set_joined(from, true, now);
+  }
+  release_joined(now);
+}
+
+// When every rank that is left has joined, all go on.
+void Coordinator::release_joined(TimeUs now) {
+  bool anybody = false;
+  for (int r = 0; r < size_; ++r) {
+    const auto index = static_cast<std::size_t>(r);
+    if (!gone_[index] && !joined_[index]) return;
+    anybody = anybody || (!gone_[index] && joined_[index]);
+  }
+  if (!anybody) return;
+  for (int r = 0; r < size_; ++r) {
+    const auto index = static_cast<std::size_t>(r);
+    if (!joined_[index]) continue;
+    joined_[index] = false;
+    Joined reply{last_joined_, {}};
+    for (auto& channel : books_) {
+      const bool collective = channel->kind() == ChannelKind::collective;
+      reply.steps.push_back(collective ? channel->skip_to_open_step(r) : -1);
+      if (collective) channel->set_joined(r, false, now);
+    }
+    if (!gone_[index]) out_.replies.push_back({r, std::move(reply)});
+  }
+}
+
+void Coordinator::exit(int from, const Exit& message, TimeUs now) {
+  if (gone_[static_cast<std::size_t>(from)]) return;
+  gone_[static_cast<std::size_t>(from)] = true;
+  for (auto& channel : books_) channel->gone(from, message.failure, now);
+  release_joined(now);
+  if (std::all_of(gone_.begin(), gone_.end(), [](bool gone) { return gone; })) {
+    for (int r = 0; r < size_; ++r) out_.replies.push_back({r, AllGone{}});
+  }
+}
+
+void Coordinator::tick(TimeUs now) {
+  for (auto& channel : books_) {
+    if (channel->next_deadline() && *channel->next_deadline() <= now) channel->tick(now);
+  }
+}
+
+std::optional<TimeUs> Coordinator::next_deadline() const {
+  std::optional<TimeUs> first;
+  for (const auto& channel : books_) {
+    const auto deadline = channel->next_deadline();
+    if (deadline && (!first || *deadline < *first)) first = deadline;
+  }
+  return first;
+}
+
+}  // namespace hvd_backup

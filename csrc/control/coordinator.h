@@ -1,0 +1,53 @@
+// Who contributes to what: the one place of decisions, on rank 0. Pure: it has no threads, no I/O and no clock.
+// It owns a ChannelBook for each channel and keeps what concerns whole ranks: joining, and leaving for good.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "control/channel_book.h"
+
+namespace hvd_backup {
+
+class Coordinator {
+ public:
+  // Tags of transfers that decisions hand out run from 0 to tag_limit - 1.
+  Coordinator(int size, std::int32_t tag_limit);
+  Coordinator(const Coordinator&) = delete;
+  Coordinator& operator=(const Coordinator&) = delete;
+
+  // A message to the coordinator; others are a RuntimeFailure.
+  void receive(int from, const Message& message, TimeUs now);
+
+  // Time has passed; to be called at next_deadline() at the latest.
+  void tick(TimeUs now);
+  std::optional<TimeUs> next_deadline() const;
+
+  // What it had to say since the last call, in order.
+  std::vector<Reply> take_replies() { return std::exchange(out_.replies, {}); }
+  std::vector<Record> take_records() { return std::exchange(out_.records, {}); }
+
+ private:
+  ChannelBook& book(ChannelId id);
+  std::int32_t take_tags(std::int32_t count);
+  void open(int from, const Open& message, TimeUs now);
+  void pause(int from, bool paused, TimeUs now);
+  void join(int from, TimeUs now);
+  void release_joined(TimeUs now);
+  void exit(int from, const Exit& message, TimeUs now);
+
+  const int size_;
+  const std::int32_t tag_limit_;
+  std::int32_t next_tag_ = 0;
+  std::vector<std::unique_ptr<ChannelBook>> books_;  // by ChannelId
+  std::map<std::string, ChannelId> ids_;
+  std::vector<bool> joined_, paused_, gone_;
+  int last_joined_ = 0;
+  Outbox out_;
+};
+
+}  // namespace hvd_backup

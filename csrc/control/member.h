@@ -1,0 +1,126 @@
+// One rank's side of one channel: which step it is at, what it has handed over, what it waits for. Pure, like the
+// coordinator: calls of the training thread, messages, and the engine's "this is reduced" come in; messages and work go out.
+//
+// Life of a step:  begin -> submit each bucket -> next() until it returns true -> take()
+// A contributor takes the update it helped to make. A late rank takes missed updates one after the other, until take() says
+// `resume` (compute the newest step) or `over` (the round has ended).
+#pragma once
+
+#include <deque>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "control/messages.h"
+
+namespace hvd_backup {
+
+struct Update {
+  enum class Kind { update, resume, over };
+  Kind kind = Kind::resume;
+  Step step = 0;
+  std::vector<Ranks> contributors;  // of each scope
+  bool contributed = false;         // to every scope
+  double samples = 0;
+  std::string metadata;
+};
+
+// A missed update to fetch: the scopes to which this rank did not contribute.
+struct CatchUp {
+  PastUpdate update;
+  std::vector<int> scopes;
+};
+
+struct Counters {
+  std::int64_t contributed = 0;
+  std::int64_t dropped = 0;
+  std::int64_t caught_up = 0;
+};
+
+class Member {
+ public:
+  Member(int rank, ChannelKind kind, bool arrive_first) : rank_(rank), kind_(kind), arrive_first_(arrive_first) {}
+
+  void opened(ChannelId id) { id_ = id; }
+  void set_layout(const std::vector<int>& scope_of_bucket);
+
+  // --- calls of the training thread; UsageError when out of order ---
+  void begin(double samples, std::string metadata);
+  void submit(int bucket);
+  bool next();    // drives towards the next update; true when take() has one
+  Update take();  // acknowledges the one before
+  void begin_round(std::int64_t length, std::int64_t align_every);
+  void away();
+  void leave();
+  void withdraw();  // what has arrived and will never be complete
+
+  Step step() const { return applied_; }
+  std::optional<Step> round_end() const;
+  bool round_over() const { return over_; }
+  const Counters& counters() const { return counters_; }
+  Step all_have() const { return outlook_.all_have; }
+  bool contributing(Step step, int scope, int attempt) const;
+
+  // --- messages of the coordinator ---
+  void receive(const Decision& message);
+  void receive(const Late& message);
+  void receive(const History& message);
+  void receive(const Resume& message);
+  void receive(const Over& message);
+  void skip_to(Step step);  // released from a join: the calls in between are not made up for
+
+  // --- the engine's reports ---
+  void reduced(Step step, int scope, int attempt);
+  void fetched(Step step);
+
+  // --- what is to be done ---
+  std::vector<Message> take_messages() { return std::exchange(messages_, {}); }
+  std::vector<Decision> take_reductions() { return std::exchange(reductions_, {}); }
+  std::optional<CatchUp> take_catch_up() { return std::exchange(catch_up_, std::nullopt); }
+
+ private:
+  enum class Phase { idle, arrived, contributing, done, late };
+  struct Scope {
+    Phase phase = Phase::idle;
+    int missing = 0;  // buckets not handed over yet
+    Decision decision;
+  };
+
+  Scope& scope(int index) { return scopes_[static_cast<std::size_t>(index)]; }
+  void arrive(int scope_index);
+  void check_complete() const;
+  bool fetch_next_page_entry();
+  Update own_update() const;
+
+  const int rank_;
+  const ChannelKind kind_;
+  const bool arrive_first_;
+  ChannelId id_ = 0;
+
+  std::vector<int> scope_of_bucket_;
+  std::vector<int> buckets_in_scope_;
+  std::vector<bool> submitted_;
+  std::vector<Scope> scopes_;
+  Step applied_ = 0;
+  bool begun_ = false;
+  double samples_ = 1.0;
+  std::string metadata_;
+
+  int round_ = 0;
+  bool over_ = false;     // the round has ended, and this rank has not left it yet
+  bool leaving_ = false;  // leave() was called, `over` has not come yet
+
+  bool sync_sent_ = false;
+  std::deque<PastUpdate> pages_;
+  std::optional<Step> fetching_;
+  std::optional<Update> ready_;
+  Outlook outlook_;
+  Counters counters_;
+
+  std::vector<Message> messages_;
+  std::vector<Decision> reductions_;
+  std::optional<CatchUp> catch_up_;
+};
+
+}  // namespace hvd_backup

@@ -1,0 +1,294 @@
+// Everything that ranks say to each other, besides gradients. Members talk to the coordinator, the coordinator answers:
+// it sends to a rank only in reply to something that rank has sent (one Verdict for each Arrive, one reply for each Sync),
+// so nothing can pile up towards a rank that is stopped. The exceptions are Failed and AllGone, sent at most once.
+//
+// Pull goes from a late rank to a rank that keeps a shard in its journal, and is answered by a transfer or by Refused.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "base/wire.h"
+
+namespace hvd_backup {
+
+using Step = std::int64_t;
+using ChannelId = std::uint32_t;
+using Ranks = std::vector<std::int32_t>;  // ascending
+
+enum class ChannelKind : std::uint8_t {
+  training,   // one optimizer: a late rank applies what it missed and goes on with the newest step
+  collective  // first_n_allreduce: the k-th call on each rank is the k-th collective
+};
+
+struct ChannelOptions {
+  std::int32_t required = 1;    // N
+  std::int64_t grace_us = 0;    // after the N-th arrival
+  std::int32_t max_misses = 0;  // 0: off
+  std::int64_t max_lag = 64;    // updates that the journal holds
+  template <class A>
+  void fields(A& a) {
+    a(required), a(grace_us), a(max_misses), a(max_lag);
+  }
+};
+
+// --- member to coordinator ---------------------------------------------------------------------------------------
+
+struct Open {
+  std::string name;
+  ChannelKind kind = ChannelKind::training;
+  std::string description;  // must be equal on all ranks, line by line
+  std::string proposal;     // that of the first rank to open is everybody's
+  ChannelOptions options;
+  bool wait_for_all = false;
+  template <class A>
+  void fields(A& a) {
+    a(name), a(kind), a(description), a(proposal), a(options), a(wait_for_all);
+  }
+};
+
+struct Arrive {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t scope = 0;
+  Step base = 0;           // updates applied to the weights that the gradient was computed from
+  std::int32_t round = 0;  // of the sender
+  std::int32_t scopes = 1;
+  std::int32_t buckets = 1;
+  double samples = 1.0;
+  std::string metadata;  // opaque; that of the lowest contributor to scope 0 is the update's
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(scope), a(base), a(round), a(scopes), a(buckets), a(samples), a(metadata);
+  }
+};
+
+// This rank has arrived but will not deliver its gradient after all (it is leaving in the middle of a backward pass).
+struct Withdraw {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t scope = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(scope);
+  }
+};
+
+// This rank has the whole result of (step, scope), and has put its shards into its journal.
+struct Done {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t scope = 0;
+  std::int32_t attempt = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(scope), a(attempt);
+  }
+};
+
+// "I have applied `have` updates: what next?" Answered by History, Resume or Over, perhaps later.
+struct Sync {
+  ChannelId channel = 0;
+  Step have = 0;
+  std::int32_t round = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(have), a(round);
+  }
+};
+
+struct BeginRound {
+  ChannelId channel = 0;
+  std::int32_t round = 0;
+  std::int64_t length = -1;      // steps; -1: unknown
+  std::int64_t align_every = 0;  // 0: never
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(round), a(length), a(align_every);
+  }
+};
+
+// The sender's data for this round has ended.
+struct Away {
+  ChannelId channel = 0;
+  std::int32_t round = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(round);
+  }
+};
+
+// The sender enters a full collective: the round ends for all.
+struct Leave {
+  ChannelId channel = 0;
+  std::int32_t round = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(round);
+  }
+};
+
+// The sender enters a full collective: it cannot contribute to channels of kind `collective` until it arrives again.
+struct Pause {
+  template <class A>
+  void fields(A&) {}
+};
+
+struct Join {
+  template <class A>
+  void fields(A&) {}
+};
+
+// The sender's program ends; its engine goes on serving until AllGone. failure: empty when it ends as planned.
+struct Exit {
+  std::string failure;
+  template <class A>
+  void fields(A& a) {
+    a(failure);
+  }
+};
+
+// --- coordinator to member ---------------------------------------------------------------------------------------
+
+struct Opened {
+  std::string name;
+  ChannelId channel = 0;
+  std::string proposal;
+  template <class A>
+  void fields(A& a) {
+    a(name), a(channel), a(proposal);
+  }
+};
+
+struct Failed {  // of one channel, for good
+  std::string name;
+  std::string reason;
+  template <class A>
+  void fields(A& a) {
+    a(name), a(reason);
+  }
+};
+
+// What every answer tells besides: when the receiver's round ends (-1: not known), and which updates all ranks have.
+struct Outlook {
+  Step round_end = -1;
+  Step all_have = 0;
+  template <class A>
+  void fields(A& a) {
+    a(round_end), a(all_have);
+  }
+};
+
+struct Decision {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t scope = 0;
+  std::int32_t attempt = 0;
+  std::int32_t tag = 0;  // the first of 2 * buckets tags that nobody else uses meanwhile
+  Ranks contributors;
+  std::vector<double> weights;  // one for each contributor
+  double samples = 0;           // their sum
+  std::string metadata;
+  Outlook outlook;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(scope), a(attempt), a(tag), a(contributors), a(weights), a(samples), a(metadata), a(outlook);
+  }
+};
+
+struct Late {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t scope = 0;
+  Step newest = 0;
+  Outlook outlook;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(scope), a(newest), a(outlook);
+  }
+};
+
+struct PastUpdate {
+  Step step = 0;
+  std::vector<Ranks> contributors;  // of each scope
+  double samples = 0;
+  std::string metadata;
+  template <class A>
+  void fields(A& a) {
+    a(step), a(contributors), a(samples), a(metadata);
+  }
+};
+
+struct History {
+  ChannelId channel = 0;
+  std::vector<PastUpdate> updates;  // consecutive, from Sync::have; all final
+  Outlook outlook;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(updates), a(outlook);
+  }
+};
+
+struct Resume {
+  ChannelId channel = 0;
+  Outlook outlook;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(outlook);
+  }
+};
+
+struct Over {
+  ChannelId channel = 0;
+  Outlook outlook;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(outlook);
+  }
+};
+
+struct Joined {
+  std::int32_t last = 0;
+  std::vector<Step> steps;  // of each channel: where to go on (-1: where it is)
+  template <class A>
+  void fields(A& a) {
+    a(last), a(steps);
+  }
+};
+
+struct AllGone {
+  template <class A>
+  void fields(A&) {}
+};
+
+// --- late rank to keeper of a shard ------------------------------------------------------------------------------
+
+struct Pull {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t bucket = 0;
+  std::int32_t shard = 0;
+  std::int32_t tag = 0;  // of the transfer that answers
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(bucket), a(shard), a(tag);
+  }
+};
+
+struct Refused {
+  Pull pull;
+  template <class A>
+  void fields(A& a) {
+    a(pull);
+  }
+};
+
+using Message = std::variant<Open, Arrive, Withdraw, Done, Sync, BeginRound, Away, Leave, Pause, Join, Exit, Opened,
+                             Failed, Decision, Late, History, Resume, Over, Joined, AllGone, Pull, Refused>;
+
+std::vector<std::byte> encode(const Message& message);
+Message decode(const std::vector<std::byte>& bytes);  // RuntimeFailure when malformed
+
+}  // namespace hvd_backup

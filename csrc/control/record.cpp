@@ -1,0 +1,31 @@
+#include "control/record.h"
+
+namespace hvd_backup {
+
+const char* name_of(Record::Event event) {
+  switch (event) {
+    case Record::Event::opened:
+      return "opened";
+    case Record::Event::decision:
+      return "decision";
+    case Record::Event::dropped:
+      return "dropped";
+    case Record::Event::replaced:
+      return "replaced";
+    case Record::Event::final_:
+      return "final";
+    case Record::Event::caught_up:
+      return "caught_up";
+    case Record::Event::round_over:
+      return "round_over";
+    case Record::Event::held:
+      return "held";
+    case Record::Event::gone:
+      return "gone";
+    case Record::Event::failed:
+      return "failed";
+  }
+  return "unknown";
+}
+
+}  // namespace hvd_backup
