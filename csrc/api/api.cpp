@@ -1,0 +1,297 @@
+// The C API over Engine: handles, and the one place where exceptions become status codes.
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "api/hvd_backup.h"
+#include "engine/engine.h"
+#include "kernels/weighted_sum.h"
+#include "transport/in_process.h"
+#include "transport/mpi_finalize.h"
+#include "transport/mpi_transport.h"
+
+using namespace hvd_backup;
+
+struct hvdb_hub {
+  std::shared_ptr<Hub> hub;
+};
+struct hvdb_engine {
+  std::unique_ptr<Engine> engine;
+  std::vector<std::unique_ptr<hvdb_channel>> channels;
+  int finalize_hook = -1;
+};
+struct hvdb_channel {
+  Engine* engine = nullptr;
+  Channel* channel = nullptr;
+  std::string proposal;
+};
+struct hvdb_update {
+  Update update;
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+template <class Action>
+hvdb_status guarded(Action action) {
+  try {
+    return action();
+  } catch (const UsageError& error) {
+    last_error = error.what();
+    return HVDB_USAGE_ERROR;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return HVDB_FAILURE;
+  }
+}
+
+std::string text(const char* value) { return value ? value : ""; }
+
+std::string blob(const void* data, size_t size) { return {static_cast<const char*>(data), data ? size : 0}; }
+
+hvdb_status yes_or_timeout(bool yes) { return yes ? HVDB_OK : HVDB_TIMEOUT; }
+
+DataType data_type(int value) {
+  if (value < 0 || value >= data_type_count) throw UsageError("there is no element type " + std::to_string(value));
+  return static_cast<DataType>(value);
+}
+
+}  // namespace
+
+const char* hvdb_last_error(void) { return last_error.c_str(); }
+
+hvdb_status hvdb_hub_create(int size, hvdb_hub** hub) {
+  return guarded([&] {
+    if (size < 1) throw UsageError("a hub needs at least one rank, given " + std::to_string(size));
+    *hub = new hvdb_hub{std::make_shared<Hub>(size)};
+    return HVDB_OK;
+  });
+}
+
+void hvdb_hub_destroy(hvdb_hub* hub) { delete hub; }
+
+hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const char* trace, hvdb_engine** engine) {
+  return guarded([&] {
+    auto created = std::make_unique<hvdb_engine>();
+    created->engine = std::make_unique<Engine>(make_mpi_transport(mpi_comm), text(trace));
+    // However the program ends, no thread of ours may call MPI after MPI_Finalize.
+    created->finalize_hook = call_before_mpi_finalize([raw = created->engine.get()] {
+      raw->leave_for_good("");
+      while (!raw->shut_down(1'000'000)) {
+      }
+    });
+    *engine = created.release();
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const char* trace, hvdb_engine** engine) {
+  return guarded([&] {
+    if (rank < 0 || rank >= hub->hub->size()) throw UsageError("the hub has no rank " + std::to_string(rank));
+    auto created = std::make_unique<hvdb_engine>();
+    created->engine = std::make_unique<Engine>(make_in_process_transport(hub->hub, rank), text(trace));
+    *engine = created.release();
+    return HVDB_OK;
+  });
+}
+
+void hvdb_engine_destroy(hvdb_engine* engine) {
+  if (!engine) return;
+  forget_mpi_finalize_call(engine->finalize_hook);
+  delete engine;
+}
+
+int hvdb_rank(const hvdb_engine* engine) { return engine->engine->rank(); }
+int hvdb_size(const hvdb_engine* engine) { return engine->engine->size(); }
+
+hvdb_status hvdb_pause(hvdb_engine* engine) {
+  return guarded([&] {
+    engine->engine->pause();
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_join(hvdb_engine* engine) {
+  return guarded([&] {
+    engine->engine->join();
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_joined(hvdb_engine* engine, int64_t timeout_us, int* last_rank) {
+  return guarded([&] { return yes_or_timeout(engine->engine->joined(timeout_us, last_rank)); });
+}
+
+hvdb_status hvdb_leave_for_good(hvdb_engine* engine, const char* failure) {
+  return guarded([&] {
+    engine->engine->leave_for_good(text(failure));
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_shut_down(hvdb_engine* engine, int64_t timeout_us) {
+  return guarded([&] { return yes_or_timeout(engine->engine->shut_down(timeout_us)); });
+}
+
+hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_channel** channel) {
+  return guarded([&] {
+    ChannelSpec own;
+    own.name = text(spec->name);
+    own.kind = spec->kind == HVDB_COLLECTIVE ? ChannelKind::collective : ChannelKind::training;
+    own.description = text(spec->description);
+    own.proposal = blob(spec->proposal, spec->proposal_size);
+    own.options = {spec->required, spec->grace_us, spec->max_misses, spec->max_lag};
+    own.arrive_first = spec->arrive_first != 0;
+    own.wait_for_all = spec->wait_for_all != 0;
+    own.average = spec->average != 0;
+    auto created = std::make_unique<hvdb_channel>();
+    created->engine = engine->engine.get();
+    created->channel = &engine->engine->open(own);
+    *channel = created.get();
+    engine->channels.push_back(std::move(created));
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_opened(hvdb_channel* channel, int64_t timeout_us) {
+  return guarded([&] { return yes_or_timeout(channel->engine->opened(*channel->channel, timeout_us)); });
+}
+
+hvdb_status hvdb_proposal(hvdb_channel* channel, const void** data, size_t* size) {
+  return guarded([&] {
+    channel->proposal = channel->engine->view(*channel->channel).proposal;
+    *data = channel->proposal.data();
+    *size = channel->proposal.size();
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_set_layout(hvdb_channel* channel, int buckets, const uint64_t* counts, const int* dtypes,
+                            const int* scopes) {
+  return guarded([&] {
+    std::vector<BucketLayout> layout;
+    for (int b = 0; b < buckets; ++b) layout.push_back({counts[b], data_type(dtypes[b]), scopes[b]});
+    channel->engine->set_layout(*channel->channel, layout);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_set_results(hvdb_channel* channel, int buckets, void* const* results) {
+  return guarded([&] {
+    channel->engine->set_results(*channel->channel, {results, results + buckets});
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metadata, size_t metadata_size) {
+  return guarded([&] {
+    channel->engine->begin(*channel->channel, samples, blob(metadata, metadata_size));
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result) {
+  return guarded([&] {
+    channel->engine->submit(*channel->channel, bucket, contribution, result);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** update) {
+  return guarded([&] {
+    if (!update) return yes_or_timeout(channel->engine->wait(*channel->channel, timeout_us, nullptr));
+    auto taken = std::make_unique<hvdb_update>();
+    if (!channel->engine->wait(*channel->channel, timeout_us, &taken->update)) return HVDB_TIMEOUT;
+    *update = taken.release();
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_begin_round(hvdb_channel* channel, int64_t length, int64_t align_every) {
+  return guarded([&] {
+    channel->engine->begin_round(*channel->channel, length, align_every);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_away(hvdb_channel* channel) {
+  return guarded([&] {
+    channel->engine->away(*channel->channel);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_leave(hvdb_channel* channel) {
+  return guarded([&] {
+    channel->engine->leave(*channel->channel);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_close(hvdb_channel* channel, int64_t timeout_us) {
+  return guarded([&] { return yes_or_timeout(channel->engine->close(*channel->channel, timeout_us)); });
+}
+
+hvdb_status hvdb_view(hvdb_channel* channel, hvdb_channel_view* view) {
+  return guarded([&] {
+    const Engine::View own = channel->engine->view(*channel->channel);
+    *view = {own.step,
+             own.round_end.value_or(-1),
+             own.round_over ? 1 : 0,
+             own.counters.contributed,
+             own.counters.dropped,
+             own.counters.caught_up,
+             own.journal_bytes};
+    return HVDB_OK;
+  });
+}
+
+hvdb_update_kind hvdb_update_get_kind(const hvdb_update* update) {
+  switch (update->update.kind) {
+    case Update::Kind::update:
+      return HVDB_UPDATE;
+    case Update::Kind::resume:
+      return HVDB_RESUME;
+    case Update::Kind::over:
+      return HVDB_OVER;
+  }
+  return HVDB_OVER;
+}
+
+int64_t hvdb_update_step(const hvdb_update* update) { return update->update.step; }
+int hvdb_update_contributed(const hvdb_update* update) { return update->update.contributed ? 1 : 0; }
+double hvdb_update_samples(const hvdb_update* update) { return update->update.samples; }
+int hvdb_update_scopes(const hvdb_update* update) { return static_cast<int>(update->update.contributors.size()); }
+
+const int32_t* hvdb_update_contributors(const hvdb_update* update, int scope, int* count) {
+  const Ranks& ranks = update->update.contributors[static_cast<std::size_t>(scope)];
+  *count = static_cast<int>(ranks.size());
+  return ranks.data();
+}
+
+const void* hvdb_update_metadata(const hvdb_update* update, size_t* size) {
+  *size = update->update.metadata.size();
+  return update->update.metadata.data();
+}
+
+void hvdb_update_destroy(hvdb_update* update) { delete update; }
+
+hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const void* const* source, const double* weights,
+                              double scale, uint64_t count) {
+  return guarded([&] {
+    const auto k = static_cast<std::size_t>(sources);
+    weighted_sum(data_type(dtype), destination, std::span(source, k), std::span(weights, k), scale, count);
+    return HVDB_OK;
+  });
+}
+
+const char* hvdb_kernel_instruction_set(void) { return kernel_instruction_set(); }
+
+const char* hvdb_mpi_library_version(void) {
+  static const std::string version = mpi_library_version();
+  return version.c_str();
+}
+
+const char* hvdb_mpi_built_with(void) { return HVD_BACKUP_BUILT_WITH_MPI; }

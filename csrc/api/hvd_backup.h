@@ -1,0 +1,142 @@
+/* The C API of the core, the only public header. Bindings of any language and framework stand on it.
+ *
+ * Every function returns HVDB_OK or another status, and leaves the reason in hvdb_last_error(), which belongs to the calling
+ * thread. Handles are opaque. Functions that wait take a timeout in microseconds and return HVDB_TIMEOUT when it has passed:
+ * call again (a binding looks for Ctrl-C in between). Strings are UTF-8 and end with 0; blobs have a length.
+ *
+ * Threads: an engine may be called from any thread; one channel by one thread at a time.
+ * Buffers: the caller's. A contribution stays unchanged, and contribution and result stay alive, from hvdb_submit() until
+ * hvdb_wait() has returned the outcome of that step, or hvdb_close() or hvdb_shut_down() has returned HVDB_OK.
+ */
+#ifndef HVD_BACKUP_H
+#define HVD_BACKUP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+  HVDB_OK = 0,
+  HVDB_TIMEOUT = 1,      /* not yet; nothing has changed */
+  HVDB_USAGE_ERROR = 2,  /* the caller did something wrong; nothing has changed */
+  HVDB_FAILURE = 3       /* MPI, another rank, or this channel has failed for good */
+} hvdb_status;
+
+typedef enum {
+  HVDB_FLOAT16 = 0,
+  HVDB_BFLOAT16 = 1,
+  HVDB_FLOAT32 = 2,
+  HVDB_FLOAT64 = 3,
+  HVDB_INT32 = 4,
+  HVDB_INT64 = 5
+} hvdb_dtype;
+
+typedef enum { HVDB_TRAINING = 0, HVDB_COLLECTIVE = 1 } hvdb_kind;
+
+typedef struct hvdb_hub hvdb_hub;         /* connects engines inside one process */
+typedef struct hvdb_engine hvdb_engine;   /* one for each rank; owns one thread */
+typedef struct hvdb_channel hvdb_channel; /* one stream of updates; owned by its engine */
+typedef struct hvdb_update hvdb_update;
+
+const char* hvdb_last_error(void);
+
+/* --- engines --- */
+
+hvdb_status hvdb_hub_create(int size, hvdb_hub** hub);
+void hvdb_hub_destroy(hvdb_hub* hub);
+
+/* mpi_comm: address of an MPI_Comm; it is duplicated (collective over it), never used. MPI must have been initialised with
+ * MPI_THREAD_MULTIPLE. trace: file for the decisions, as JSON lines (rank 0); NULL or "": none. */
+hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const char* trace, hvdb_engine** engine);
+hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const char* trace, hvdb_engine** engine);
+/* Ends the thread at once if it runs. The channels of the engine die with it. */
+void hvdb_engine_destroy(hvdb_engine* engine);
+int hvdb_rank(const hvdb_engine* engine);
+int hvdb_size(const hvdb_engine* engine);
+
+/* This rank enters a full collective: until its next submission, it is not counted on by collective channels that need fewer
+ * than all ranks. */
+hvdb_status hvdb_pause(hvdb_engine* engine);
+/* Contributes nothing more until all ranks have joined; then hvdb_joined gives the last to join. */
+hvdb_status hvdb_join(hvdb_engine* engine);
+hvdb_status hvdb_joined(hvdb_engine* engine, int64_t timeout_us, int* last_rank);
+/* This rank leaves for good, and goes on serving the others until all have left: then hvdb_shut_down returns HVDB_OK.
+ * failure: why, if because of an error; NULL or "" otherwise. */
+hvdb_status hvdb_leave_for_good(hvdb_engine* engine, const char* failure);
+hvdb_status hvdb_shut_down(hvdb_engine* engine, int64_t timeout_us);
+
+/* --- channels --- */
+
+typedef struct {
+  const char* name; /* the same on all ranks */
+  hvdb_kind kind;
+  const char* description; /* must be equal on all ranks, line by line */
+  const void* proposal;    /* of the first rank to open it: see hvdb_proposal */
+  size_t proposal_size;
+  int required;        /* N: contributors waited for */
+  int64_t grace_us;    /* who comes within this time after the N-th still counts */
+  int max_misses;      /* a rank left out so many times in a row is waited for; 0: off */
+  int64_t max_lag;     /* updates that the journal holds for ranks that are behind */
+  int arrive_first;    /* arrive with the first bucket of a scope that is ready; otherwise with the last */
+  int wait_for_all;    /* open only when all ranks have asked */
+  int average;         /* results are means weighted by samples; otherwise sums. Integers: sums */
+} hvdb_channel_spec;
+
+hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_channel** channel);
+hvdb_status hvdb_opened(hvdb_channel* channel, int64_t timeout_us);
+/* Valid once opened, as long as the engine lives. */
+hvdb_status hvdb_proposal(hvdb_channel* channel, const void** data, size_t* size);
+/* Once, before the first begin. scopes: for each bucket, its unit of decision, numbered from 0. */
+hvdb_status hvdb_set_layout(hvdb_channel* channel, int buckets, const uint64_t* counts, const int* dtypes,
+                            const int* scopes);
+/* Where missed updates go when nothing is submitted: one buffer for each bucket. */
+hvdb_status hvdb_set_results(hvdb_channel* channel, int buckets, void* const* results);
+
+hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metadata, size_t metadata_size);
+hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result);
+/* update may be NULL: then HVDB_OK says that there is one to take. */
+hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** update);
+hvdb_status hvdb_begin_round(hvdb_channel* channel, int64_t length, int64_t align_every);
+hvdb_status hvdb_away(hvdb_channel* channel);
+hvdb_status hvdb_leave(hvdb_channel* channel);
+/* HVDB_OK: the buffers of this channel are not touched any more. */
+hvdb_status hvdb_close(hvdb_channel* channel, int64_t timeout_us);
+
+typedef struct {
+  int64_t step;      /* updates taken */
+  int64_t round_end; /* -1: not known */
+  int round_over;
+  int64_t contributed, dropped, caught_up; /* updates so far */
+  uint64_t journal_bytes;
+} hvdb_channel_view;
+hvdb_status hvdb_view(hvdb_channel* channel, hvdb_channel_view* view);
+
+/* --- updates --- */
+
+typedef enum { HVDB_UPDATE = 0, HVDB_RESUME = 1, HVDB_OVER = 2 } hvdb_update_kind;
+hvdb_update_kind hvdb_update_get_kind(const hvdb_update* update);
+int64_t hvdb_update_step(const hvdb_update* update);
+int hvdb_update_contributed(const hvdb_update* update);
+double hvdb_update_samples(const hvdb_update* update);
+int hvdb_update_scopes(const hvdb_update* update);
+/* The contributors of a scope, ascending; valid as long as the update. */
+const int32_t* hvdb_update_contributors(const hvdb_update* update, int scope, int* count);
+const void* hvdb_update_metadata(const hvdb_update* update, size_t* size);
+void hvdb_update_destroy(hvdb_update* update);
+
+/* --- for checks and tests --- */
+
+hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const void* const* source, const double* weights,
+                              double scale, uint64_t count);
+const char* hvdb_kernel_instruction_set(void);
+const char* hvdb_mpi_library_version(void);
+const char* hvdb_mpi_built_with(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,586 @@
+#include "engine/engine.h"
+
+#include <sched.h>
+
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
+
+#include <algorithm>
+#include <cstdio>
+#include <type_traits>
+
+#include "collective/allreduce.h"
+#include "collective/partition.h"
+#include "engine/idle.h"
+
+namespace hvd_backup {
+
+namespace {
+
+// A keeper that has not answered a fetch after this multiple of what the last fetch took is not waited for.
+constexpr TimeUs patience_factor = 8;
+constexpr TimeUs least_patience_us = 20'000;  // scheduling noise on a crowded machine
+
+template <class Body>
+concept NamesChannelById = requires(Body body) { body.channel; };
+
+bool is_for_coordinator(const Message& message) {
+  return std::visit(
+      [](const auto& body) {
+        using Body = std::decay_t<decltype(body)>;
+        return std::is_same_v<Body, Open> || std::is_same_v<Body, Arrive> || std::is_same_v<Body, Withdraw> ||
+               std::is_same_v<Body, Done> || std::is_same_v<Body, Sync> || std::is_same_v<Body, BeginRound> ||
+               std::is_same_v<Body, Away> || std::is_same_v<Body, Leave> || std::is_same_v<Body, Pause> ||
+               std::is_same_v<Body, Join> || std::is_same_v<Body, Exit>;
+      },
+      message);
+}
+
+void report(int rank, const std::string& text) { std::fprintf(stderr, "[hvd_backup rank %d] %s\n", rank, text.c_str()); }
+
+}  // namespace
+
+Engine::Engine(std::unique_ptr<Transport> transport, const std::string& trace)
+    : transport_(std::move(transport)),
+      rank_(transport_->rank()),
+      size_(transport_->size()),
+      tag_limit_(static_cast<std::int32_t>((static_cast<std::int64_t>(transport_->max_tag()) + 1) / 2)),
+      trace_(rank_ == 0 ? trace : "") {
+  if (rank_ == 0) coordinator_ = std::make_unique<Coordinator>(size_, tag_limit_);
+  thread_ = std::thread([this] { run(); });
+}
+
+Engine::~Engine() { stop(); }
+
+// --- the training thread's side ----------------------------------------------------------------------------------
+
+void Engine::check_usable(const Channel* channel) const {
+  if (!failure_.empty()) throw RuntimeFailure(failure_);
+  if (leaving_ || ended_) throw UsageError("the engine was shut down on rank " + std::to_string(rank_));
+  if (channel && !channel->failure.empty()) throw RuntimeFailure(channel->failure);
+}
+
+void Engine::mark_dirty(Channel& channel) {
+  if (!channel.dirty) dirty_.push_back(&channel);
+  channel.dirty = true;
+}
+
+void Engine::wake() {
+  woken_ = true;
+  wake_up_.notify_one();
+}
+
+Channel& Engine::open(const ChannelSpec& spec) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(nullptr);
+  if (spec.options.required < 1 || spec.options.required > size_) {
+    throw UsageError("'" + spec.name + "' requires " + std::to_string(spec.options.required) +
+                     " contributors: give 1 to " + std::to_string(size_) + ", the number of ranks");
+  }
+  if (spec.options.max_lag < 1) throw UsageError("'" + spec.name + "': max_lag must be at least 1");
+  for (const auto& channel : channels_) {
+    if (channel->name == spec.name) throw UsageError("'" + spec.name + "' is open already");
+  }
+  channels_.push_back(std::make_unique<Channel>(spec.name, rank_, spec.kind, spec.arrive_first, spec.average));
+  outgoing_.push_back(
+      Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all});
+  wake();
+  return *channels_.back();
+}
+
+bool Engine::opened(Channel& channel, TimeUs timeout_us) {
+  std::unique_lock lock(mutex_);
+  channel.changed.wait_for(lock, std::chrono::microseconds(timeout_us),
+                           [&] { return channel.opened || !channel.failure.empty() || !failure_.empty(); });
+  check_usable(&channel);
+  return channel.opened;
+}
+
+void Engine::set_layout(Channel& channel, const std::vector<BucketLayout>& buckets) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  std::vector<int> scopes;
+  for (const BucketLayout& bucket : buckets) scopes.push_back(bucket.scope);
+  channel.member.set_layout(scopes);
+  for (const BucketLayout& bucket : buckets) channel.buckets.push_back({bucket, nullptr, nullptr, false});
+}
+
+void Engine::set_results(Channel& channel, const std::vector<void*>& results) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  if (results.size() != channel.buckets.size()) {
+    throw UsageError("set_results(): given " + std::to_string(results.size()) + " buffers for " +
+                     std::to_string(channel.buckets.size()) + " buckets");
+  }
+  for (std::size_t b = 0; b < results.size(); ++b) channel.buckets[b].result = results[b];
+}
+
+void Engine::begin(Channel& channel, double samples, std::string metadata) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  channel.member.begin(samples, std::move(metadata));
+  channel.reductions.clear();
+  for (Bucket& bucket : channel.buckets) bucket.submitted = false;
+}
+
+void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  channel.member.submit(bucket);
+  Bucket& own = channel.buckets[static_cast<std::size_t>(bucket)];
+  own.contribution = contribution;
+  own.result = result;
+  own.submitted = true;
+  mark_dirty(channel);
+  wake();
+}
+
+bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
+  std::unique_lock lock(mutex_);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(timeout_us);
+  while (true) {
+    check_usable(&channel);
+    if (channel.member.next()) {
+      if (update) *update = channel.member.take();
+      return true;
+    }
+    mark_dirty(channel);
+    wake();
+    if (channel.changed.wait_until(lock, deadline) == std::cv_status::timeout) return false;
+  }
+}
+
+void Engine::begin_round(Channel& channel, std::int64_t length, std::int64_t align_every) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  if (align_every < 0) throw UsageError("align_every must be at least 1, given " + std::to_string(align_every));
+  channel.member.begin_round(length, align_every);
+  mark_dirty(channel);
+  wake();
+}
+
+void Engine::away(Channel& channel) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  channel.member.away();
+  mark_dirty(channel);
+  wake();
+}
+
+void Engine::leave(Channel& channel) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  channel.member.leave();
+  mark_dirty(channel);
+  wake();
+}
+
+Engine::View Engine::view(Channel& channel) {
+  const std::scoped_lock lock(mutex_);
+  return {channel.member.step(),       channel.member.round_end(), channel.member.round_over(),
+          channel.proposal,            channel.member.counters(),  channel.journal.bytes()};
+}
+
+bool Engine::close(Channel& channel, TimeUs timeout_us) {
+  std::unique_lock lock(mutex_);
+  if (ended_ || !failure_.empty()) return true;
+  withdraw(channel);
+  wake();
+  return channel.changed.wait_for(lock, std::chrono::microseconds(timeout_us),
+                                  [&] { return channel.running == 0 || ended_ || !failure_.empty(); });
+}
+
+void Engine::pause() {
+  const std::scoped_lock lock(mutex_);
+  check_usable(nullptr);
+  outgoing_.push_back(Pause{});
+  wake();
+}
+
+void Engine::join() {
+  const std::scoped_lock lock(mutex_);
+  check_usable(nullptr);
+  joined_.reset();
+  outgoing_.push_back(Join{});
+  wake();
+}
+
+bool Engine::joined(TimeUs timeout_us, int* last_rank) {
+  std::unique_lock lock(mutex_);
+  changed_.wait_for(lock, std::chrono::microseconds(timeout_us),
+                    [&] { return joined_.has_value() || !failure_.empty() || ended_; });
+  check_usable(nullptr);
+  if (!joined_) return false;
+  *last_rank = *joined_;
+  return true;
+}
+
+void Engine::leave_for_good(const std::string& failure) {
+  const std::scoped_lock lock(mutex_);
+  if (leaving_) return;
+  leaving_ = true;
+  for (auto& channel : channels_) withdraw(*channel);
+  outgoing_.push_back(Exit{failure});
+  wake();
+}
+
+// Gives up what this rank has begun to contribute and will not complete; the others go on without it.
+void Engine::withdraw(Channel& channel) {
+  channel.member.withdraw();
+  for (auto& [scope, reduction] : channel.reductions) {
+    if (reduction.left > 0 && !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) {
+      retire(channel, reduction);
+    }
+  }
+  mark_dirty(channel);
+}
+
+bool Engine::shut_down(TimeUs timeout_us) {
+  {
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, std::chrono::microseconds(timeout_us), [&] { return ended_; });
+    if (!ended_) return false;
+  }
+  stop();
+  return true;
+}
+
+void Engine::stop() {
+  stop_ = true;
+  {
+    const std::scoped_lock lock(mutex_);
+    wake();
+  }
+  if (thread_.joinable()) thread_.join();
+  transport_.reset();
+}
+
+// --- the engine thread's side ------------------------------------------------------------------------------------
+
+void Engine::run() {
+#ifdef __linux__
+  prctl(PR_SET_TIMERSLACK, 1000UL);  // nanoseconds; the default, 50 us, would double the shortest nap
+#endif
+  TimeUs idle_since = monotonic_us();
+  TimeUs lingering_since = -1;
+  try {
+    while (!stop_) {
+      const bool worked = turn();
+      const TimeUs now = monotonic_us();
+      if (worked) idle_since = now;
+      std::unique_lock lock(mutex_);
+      if (all_gone_) {
+        // The last messages have to go out; what a lost peer never took is given up after a second.
+        if (lingering_since < 0) lingering_since = now;
+        if (transport_->pending() == 0 || now - lingering_since > 1'000'000) break;
+      }
+      if (woken_ || worked) {
+        woken_ = false;
+        continue;
+      }
+      TimeUs nap = nap_us(now - idle_since, transport_->pending() > 0);
+      if (coordinator_) {
+        if (const auto deadline = coordinator_->next_deadline()) nap = std::min(nap, std::max<TimeUs>(*deadline - now, 0));
+      }
+      if (nap == 0) {
+        lock.unlock();
+        sched_yield();
+      } else {
+        wake_up_.wait_for(lock, std::chrono::microseconds(nap), [this] { return woken_; });
+      }
+    }
+  } catch (const std::exception& error) {
+    fail("the engine of rank " + std::to_string(rank_) + " has failed: " + error.what());
+  }
+  const std::scoped_lock lock(mutex_);
+  ended_ = true;
+  changed_.notify_all();
+  for (auto& channel : channels_) channel->changed.notify_all();
+}
+
+// One round: completes transfers, takes messages, does what has become possible. True when there was anything.
+bool Engine::turn() {
+  bool worked = transport_->progress();
+  const TimeUs now = monotonic_us();
+  int from = 0;
+  Bytes body;
+  while (transport_->receive_message(&from, &body)) {
+    receive(from, decode(body), now);
+    worked = true;
+  }
+  while (!to_self_.empty()) {
+    const Reply own = std::move(to_self_.front());
+    to_self_.pop_front();
+    receive(own.to, own.message, now);
+    worked = true;
+  }
+  if (!fetches_.empty()) tick_fetches(now);
+  Work work = collect(now);
+  if (work.empty()) return worked;
+  carry_out(std::move(work), now);
+  return true;
+}
+
+void Engine::receive(int from, const Message& message, TimeUs now) {
+  if (const Pull* pull = std::get_if<Pull>(&message)) {
+    serve(from, *pull);
+    return;
+  }
+  const std::scoped_lock lock(mutex_);
+  if (is_for_coordinator(message)) {
+    if (!coordinator_) throw RuntimeFailure("malformed message: rank " + std::to_string(rank_) + " is no coordinator");
+    coordinator_->receive(from, message, now);
+    return;
+  }
+  const auto by_name = [&](const std::string& name) -> Channel* {
+    for (auto& channel : channels_) {
+      if (channel->name == name) return channel.get();
+    }
+    return nullptr;
+  };
+  const auto by_id = [&](ChannelId id) -> Channel& {
+    for (auto& channel : channels_) {
+      if (channel->opened && channel->id == id) return *channel;
+    }
+    throw RuntimeFailure("malformed message: unknown channel " + std::to_string(id));
+  };
+  std::visit(
+      [&](const auto& body_of) {
+        using Body = std::decay_t<decltype(body_of)>;
+        if constexpr (std::is_same_v<Body, Opened>) {
+          if (Channel* channel = by_name(body_of.name)) {
+            channel->opened = true;
+            channel->id = body_of.channel;
+            channel->proposal = body_of.proposal;
+            channel->member.opened(body_of.channel);
+            channel->changed.notify_all();
+          }
+        } else if constexpr (std::is_same_v<Body, Failed>) {
+          if (Channel* channel = by_name(body_of.name)) {
+            channel->failure = body_of.reason;
+            channel->changed.notify_all();
+          }
+        } else if constexpr (std::is_same_v<Body, Joined>) {
+          joined_ = body_of.last;
+          for (auto& channel : channels_) {
+            if (!channel->opened || channel->id >= body_of.steps.size()) continue;
+            if (const Step step = body_of.steps[channel->id]; step >= 0) channel->member.skip_to(step);
+          }
+          changed_.notify_all();
+        } else if constexpr (std::is_same_v<Body, AllGone>) {
+          all_gone_ = true;
+        } else if constexpr (std::is_same_v<Body, Refused>) {
+          throw RuntimeFailure("rank " + std::to_string(from) + " does not keep shard " +
+                               std::to_string(body_of.pull.shard) + " of update " + std::to_string(body_of.pull.step) +
+                               " that rank " + std::to_string(rank_) + " has missed");
+        } else if constexpr (NamesChannelById<Body>) {
+          Channel& channel = by_id(body_of.channel);
+          if constexpr (requires { channel.member.receive(body_of); }) channel.member.receive(body_of);
+          channel.journal.forget_before(channel.member.all_have());
+          mark_dirty(channel);
+          channel.changed.notify_all();
+        }
+      },
+      message);
+}
+
+// A late rank asks for a shard that this rank keeps.
+void Engine::serve(int from, const Pull& pull) {
+  Journal::Block block;
+  {
+    const std::scoped_lock lock(mutex_);
+    for (auto& channel : channels_) {
+      if (channel->opened && channel->id == pull.channel) block = channel->journal.find(pull.step, pull.bucket, pull.shard);
+    }
+  }
+  if (!block) {
+    send(from, Refused{pull});
+    return;
+  }
+  transport_->start_send(from, pull.tag, *block, [block] {});
+}
+
+Engine::Work Engine::collect(TimeUs now) {
+  Work work;
+  const std::scoped_lock lock(mutex_);
+  for (Channel* channel : std::exchange(dirty_, {})) {
+    channel->dirty = false;
+    collect(*channel, work);
+  }
+  for (Message& message : std::exchange(outgoing_, {})) work.messages.push_back({0, std::move(message)});
+  if (coordinator_) {
+    if (const auto deadline = coordinator_->next_deadline(); deadline && *deadline <= now) coordinator_->tick(now);
+    for (Reply& reply : coordinator_->take_replies()) work.messages.push_back(std::move(reply));
+    take_records();
+  }
+  return work;
+}
+
+void Engine::collect(Channel& channel, Work& work) {
+  if (!channel.opened) {  // its messages wait for its number
+    return;
+  }
+  for (Message& message : channel.member.take_messages()) work.messages.push_back({0, std::move(message)});
+  for (Decision& decision : channel.member.take_reductions()) {
+    Reduction& reduction = channel.reductions[decision.scope];
+    if (reduction.left > 0) retire(channel, reduction);
+    reduction.decision = std::move(decision);
+    reduction.started.assign(channel.buckets.size(), false);
+    reduction.left = 0;
+    for (const Bucket& bucket : channel.buckets) reduction.left += bucket.layout.scope == reduction.decision.scope ? 1 : 0;
+  }
+  for (auto& [scope, reduction] : channel.reductions) {
+    if (!clear_retired(reduction)) {
+      mark_dirty(channel);  // look again in the next round of the loop
+      continue;
+    }
+    if (!channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) continue;
+    for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
+      if (channel.buckets[b].layout.scope != scope || !channel.buckets[b].submitted || reduction.started[b]) continue;
+      reduction.started[b] = true;
+      ++reduction.running;
+      ++channel.running;
+      work.starts.push_back({&channel, reduction.decision, static_cast<int>(b)});
+    }
+  }
+  if (auto missed = channel.member.take_catch_up()) {
+    ++channel.running;
+    work.fetches.emplace_back(&channel, std::move(*missed));
+  }
+}
+
+void Engine::carry_out(Work work, TimeUs now) {
+  for (const Reply& reply : work.messages) send(reply.to, reply.message);
+  for (const Start& start : work.starts) start_reduction(start);
+  for (const auto& [channel, missed] : work.fetches) start_fetch(*channel, missed, now);
+}
+
+void Engine::send(int to, const Message& message) {
+  if (to == rank_) {
+    to_self_.push_back({rank_, message});
+  } else {
+    transport_->send_message(to, encode(message));
+  }
+}
+
+void Engine::start_reduction(const Start& start) {
+  const Decision& decision = start.decision;
+  const Bucket& bucket = start.channel->buckets[static_cast<std::size_t>(start.bucket)];
+  AllreduceOptions options;
+  options.members.assign(decision.contributors.begin(), decision.contributors.end());
+  options.weights = decision.weights;
+  options.dtype = bucket.layout.dtype;
+  options.count = bucket.layout.count;
+  options.contribution = bucket.contribution;
+  options.result = bucket.result;
+  options.tag = decision.tag + 2 * start.bucket;
+  options.staging = &staging_;
+  if (start.channel->average && !is_integer(options.dtype)) {
+    options.scale = 1.0 / decision.samples;
+  } else {
+    options.weights.assign(decision.weights.size(), 1.0);  // a plain sum
+  }
+  start_allreduce(*transport_, std::move(options),
+                  [this, channel = start.channel, decision] { bucket_reduced(*channel, decision); });
+}
+
+void Engine::bucket_reduced(Channel& channel, const Decision& decision) {
+  bool complete = false;
+  {
+    const std::scoped_lock lock(mutex_);
+    Reduction& reduction = channel.reductions[decision.scope];
+    if (!channel.member.contributing(decision.step, decision.scope, decision.attempt)) return;  // given up meanwhile
+    --reduction.running;
+    --channel.running;
+    complete = --reduction.left == 0;
+  }
+  // Before anybody hears of it: the training thread may change the result once it has it.
+  if (complete && static_cast<int>(decision.contributors.size()) < size_) keep_in_journal(channel, decision);
+  const std::scoped_lock lock(mutex_);
+  if (complete) channel.member.reduced(decision.step, decision.scope, decision.attempt);
+  mark_dirty(channel);
+  channel.changed.notify_all();
+}
+
+// This attempt is given up: a contributor has withdrawn. Its collectives will not end; the next attempt writes the same
+// results, so nothing of this one may arrive there any more.
+void Engine::retire(Channel& channel, Reduction& reduction) {
+  for (std::size_t b = 0; b < reduction.started.size(); ++b) {
+    if (!reduction.started[b]) continue;
+    reduction.retired_tags.push_back(reduction.decision.tag + 2 * static_cast<int>(b));
+    reduction.retired_tags.push_back(reduction.decision.tag + 2 * static_cast<int>(b) + 1);
+  }
+  channel.running -= reduction.running;
+  reduction.running = 0;
+  reduction.left = 0;
+  reduction.started.assign(reduction.started.size(), false);
+}
+
+// On the engine thread. True when nothing can arrive for the attempts that were given up.
+bool Engine::clear_retired(Reduction& reduction) {
+  std::erase_if(reduction.retired_tags, [this](int tag) { return transport_->cancel_receives(tag); });
+  return reduction.retired_tags.empty();
+}
+
+void Engine::keep_in_journal(Channel& channel, const Decision& decision) {
+  const int k = static_cast<int>(decision.contributors.size());
+  const auto self = std::find(decision.contributors.begin(), decision.contributors.end(), rank_);
+  const int own = static_cast<int>(self - decision.contributors.begin());
+  for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
+    const Bucket& bucket = channel.buckets[b];
+    if (bucket.layout.scope != decision.scope) continue;
+    const auto keep = [&](int shard) {
+      const Shard cut = shard_of(bucket.layout.count, static_cast<std::size_t>(k), static_cast<std::size_t>(shard));
+      const std::size_t size = size_of(bucket.layout.dtype);
+      const auto* begin = static_cast<const std::byte*>(bucket.result) + cut.begin * size;
+      channel.journal.keep(decision.step, static_cast<int>(b), shard, {begin, cut.size() * size});
+    };
+    keep(own);
+    if (k > 1) keep((own + k - 1) % k);
+  }
+}
+
+void Engine::start_fetch(Channel& channel, const CatchUp& missed, TimeUs now) {
+  const TimeUs patience = std::max(least_patience_us, patience_factor * fetch_us_);
+  const auto done = [this, &channel, step = missed.update.step, now] {
+    fetch_us_ = monotonic_us() - now;
+    const std::scoped_lock lock(mutex_);
+    --channel.running;
+    channel.member.fetched(step);
+    mark_dirty(channel);
+    channel.changed.notify_all();
+  };
+  const auto next_tag = [this] {
+    const std::int32_t tag = tag_limit_ + next_fetch_tag_;
+    next_fetch_tag_ = (next_fetch_tag_ + 1) % tag_limit_;
+    return tag;
+  };
+  auto fetch = std::make_shared<Fetch>(
+      *transport_, [this](int keeper, const Pull& pull) { send(keeper, pull); }, next_tag, channel.id, missed,
+      channel.buckets, now, patience, done);
+  fetches_.push_back(fetch);
+  fetch->start();
+}
+
+void Engine::tick_fetches(TimeUs now) {
+  std::erase_if(fetches_, [](const auto& fetch) { return fetch->complete(); });
+  for (const auto& fetch : fetches_) fetch->tick(now);
+}
+
+void Engine::take_records() {
+  const std::vector<Record> records = coordinator_->take_records();
+  for (const Record& record : records) {
+    if (record.event == Record::Event::held) report(rank_, "warning: '" + record.channel + "': " + record.reason);
+  }
+  trace_.write(records);
+}
+
+void Engine::fail(const std::string& reason) {
+  const std::scoped_lock lock(mutex_);
+  failure_ = reason;
+  changed_.notify_all();
+  for (auto& channel : channels_) channel->changed.notify_all();
+}
+
+}  // namespace hvd_backup

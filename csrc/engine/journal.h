@@ -1,0 +1,45 @@
+// The reduced shards of the last updates, kept for late ranks. With k contributors, contributor i keeps shard i and its
+// neighbour's, shard i-1, of each bucket: 2 M/k bytes an update, and one stopped keeper blocks nobody.
+// Bounded by the coordinator, which decides no update that the journals could not hold (max_lag).
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <span>
+#include <tuple>
+#include <vector>
+
+#include "control/messages.h"
+
+namespace hvd_backup {
+
+class Journal {
+ public:
+  using Block = std::shared_ptr<const std::vector<std::byte>>;
+
+  // Copies the shard. A block that is still on its way to somebody stays alive until it has arrived.
+  void keep(Step step, int bucket, int shard, std::span<const std::byte> data);
+
+  // Null when it is not here.
+  Block find(Step step, int bucket, int shard) const;
+
+  // Every rank has the updates before `step`: nobody will ask for them.
+  void forget_before(Step step);
+
+  std::size_t bytes() const { return bytes_; }  // from any thread
+
+ private:
+  using Key = std::tuple<Step, int, int>;
+
+  std::map<Key, std::shared_ptr<std::vector<std::byte>>> blocks_;
+  std::vector<std::shared_ptr<std::vector<std::byte>>> spare_;  // memory to use again; fresh pages are slow
+  std::atomic<std::size_t> bytes_ = 0;
+};
+
+// The index among k contributors of who keeps `shard` first (its owner), and of the neighbour who keeps it too.
+inline int owner_of(int shard) { return shard; }
+inline int neighbour_of(int shard, int contributors) { return (shard + 1) % contributors; }
+
+}  // namespace hvd_backup

@@ -1,0 +1,151 @@
+"""The native core: one engine thread per process, channels of updates. Typed face of csrc/bindings/python.cpp.
+
+Every blocking call here releases the GIL, answers Ctrl-C, and raises `CoreError` once the engine has failed (the text
+names rank, step and peer). Wrong use raises `CoreUsageError` at once. Both derive from `RuntimeError`.
+"""
+
+class CoreError(RuntimeError): ...
+class CoreUsageError(CoreError): ...
+
+class Hub:
+    """Connects `size` engines inside one process, each run by its own thread (tests, and trying things out)."""
+
+    def __init__(self, size: int) -> None: ...
+
+class Engine:
+    @staticmethod
+    def over_mpi(comm: int, trace: str = "") -> Engine:
+        """Collective over the MPI communicator whose `MPI_Comm` lies at address `comm`; it is duplicated, never used.
+
+        `trace`: file to which rank 0's coordinator writes its decisions as JSON lines; empty: none.
+        """
+
+    @staticmethod
+    def in_process(hub: Hub, rank: int, trace: str = "") -> Engine: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def open(
+        self,
+        name: str,
+        kind: str,
+        description: str,
+        proposal: bytes,
+        required: int,
+        grace_us: int = 0,
+        max_misses: int = 0,
+        max_lag: int = 64,
+        arrive: str = "first",
+        wait_for_all: bool = False,
+        average: bool = True,
+    ) -> Channel:
+        """Opens the channel `name`, the same on all ranks.
+
+        kind: "training" (a late rank skips to the newest step) or "collective" (the k-th call is the k-th collective).
+        description: lines that must be equal on all ranks; the first difference is the error, raised on every rank.
+        proposal: any bytes; the channel keeps those of the lowest rank among the first to open (see Channel.proposal).
+        required: N, contributors waited for. grace_us, max_misses (0: off), max_lag: as in the design.
+        arrive: "first" or "last" bucket of a scope.
+        average: results are means over the contributors, weighted by samples; otherwise plain sums. Integers are always summed.
+        wait_for_all: return only when all ranks have opened it (so that differences are found before the first step).
+        """
+
+    def away(self) -> None:
+        """This rank enters a full collective: until its next submission it does not count as able to contribute to
+        channels of kind "collective" with required < size. Returns at once."""
+
+    def join(self) -> int:
+        """Contributes nothing more until every rank has joined; returns the last rank to join."""
+
+    def shutdown(self, failure: str = "") -> None:
+        """Says that this rank leaves for good, goes on serving the others, and returns when all have left.
+
+        failure: why, when it leaves because of an error; channels with required == size then fail on the others.
+        """
+
+    def mpi_library(self) -> str: ...
+
+class Channel:
+    @property
+    def proposal(self) -> bytes: ...
+    def set_layout(self, buckets: list[tuple[int, str]], scopes: list[int]) -> None:
+        """buckets: (elements, dtype name) of each. scopes: for each bucket its scope, ascending from 0.
+
+        dtype: "float16", "bfloat16", "float32", "float64", "int32", "int64". Once, before the first begin().
+        """
+
+    @property
+    def step(self) -> int:
+        """The number of updates that this rank has taken: the step whose gradient it computes now."""
+
+    @property
+    def round_end(self) -> int | None:
+        """The step at which the current round ends, as far as this rank knows; None when unknown."""
+
+    @property
+    def round_over(self) -> bool:
+        """This rank has been told that its round is over (gradients are dropped until the next round begins)."""
+
+    def begin(self, samples: float, metadata: bytes) -> None:
+        """Opens this rank's contribution to update `step`. metadata travels with the decision (hyperparameters)."""
+
+    def submit(self, bucket: int, contribution: int, result: int) -> None:
+        """Hands over a bucket by address. contribution: unchanged until wait() has returned; result: another buffer."""
+
+    def set_results(self, results: list[int]) -> None:
+        """Addresses into which missed updates are written when this rank has nothing submitted; one per bucket."""
+
+    def wait(self) -> Update:
+        """The next thing to do; blocks. See Update.kind. Taking an update acknowledges the one before."""
+
+    def poll(self) -> bool:
+        """Whether wait() would return at once."""
+
+    def begin_round(self, length: int, align_every: int) -> None:
+        """Starts a followed round of `length` steps from here (-1: unknown). align_every: 0 or k."""
+
+    def away(self) -> None:
+        """This rank's data has ended: it will not contribute until the round is over; it must go on calling wait()."""
+
+    def leave(self) -> None:
+        """Ends the round (the first to do so) or joins its end; then call wait() until it says "over"."""
+
+    def counters(self) -> dict[str, int]:
+        """contributed, dropped, caught_up: updates of this channel on this rank so far."""
+
+class Update:
+    @property
+    def kind(self) -> str:
+        """"update": update `step` lies in the result buffers: apply it. If not `contributed` everywhere, call wait() again.
+        "resume": nothing more is missing here: compute the next gradient.
+        "over": the round is over and this rank has all of its updates; a submitted gradient was dropped.
+        """
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def contributors(self) -> list[list[int]]:
+        """For each scope, the ranks whose gradients it holds, ascending."""
+
+    @property
+    def contributed(self) -> bool:
+        """This rank is a contributor of every scope."""
+
+    @property
+    def samples(self) -> float:
+        """Sum of the contributors' samples, in scope 0."""
+
+    @property
+    def metadata(self) -> bytes:
+        """Of the lowest contributor, in scope 0."""
+
+def weighted_sum(
+    dtype: str, destination: int, sources: list[int], weights: list[float], scale: float, count: int
+) -> None: ...
+def kernel_instruction_set() -> str: ...
+def mpi_library_version() -> str:
+    """The version text of the MPI library that this module runs with."""
+
+def mpi_built_with() -> str:
+    """The version text of the MPI library that this module was built with, its first line."""
