@@ -64,8 +64,6 @@ class Engine:
         failure: why, when it leaves because of an error; channels with required == size then fail on the others.
         """
 
-    def mpi_library(self) -> str: ...
-
 class Channel:
     @property
     def proposal(self) -> bytes: ...
@@ -113,6 +111,9 @@ class Channel:
 
     def counters(self) -> dict[str, int]:
         """contributed, dropped, caught_up: updates of this channel on this rank so far."""
+
+    def journal_bytes(self) -> int:
+        """Memory that is kept here for ranks that are behind."""
 
 class Update:
     @property

@@ -8,7 +8,6 @@
 #include "engine/engine.h"
 #include "kernels/weighted_sum.h"
 #include "transport/in_process.h"
-#include "transport/mpi_finalize.h"
 #include "transport/mpi_transport.h"
 
 using namespace hvd_backup;
@@ -19,7 +18,6 @@ struct hvdb_hub {
 struct hvdb_engine {
   std::unique_ptr<Engine> engine;
   std::vector<std::unique_ptr<hvdb_channel>> channels;
-  int finalize_hook = -1;
 };
 struct hvdb_channel {
   Engine* engine = nullptr;
@@ -76,12 +74,6 @@ hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const char* trace, hvdb
   return guarded([&] {
     auto created = std::make_unique<hvdb_engine>();
     created->engine = std::make_unique<Engine>(make_mpi_transport(mpi_comm), text(trace));
-    // However the program ends, no thread of ours may call MPI after MPI_Finalize.
-    created->finalize_hook = call_before_mpi_finalize([raw = created->engine.get()] {
-      raw->leave_for_good("");
-      while (!raw->shut_down(1'000'000)) {
-      }
-    });
     *engine = created.release();
     return HVDB_OK;
   });
@@ -97,11 +89,7 @@ hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const char* t
   });
 }
 
-void hvdb_engine_destroy(hvdb_engine* engine) {
-  if (!engine) return;
-  forget_mpi_finalize_call(engine->finalize_hook);
-  delete engine;
-}
+void hvdb_engine_destroy(hvdb_engine* engine) { delete engine; }
 
 int hvdb_rank(const hvdb_engine* engine) { return engine->engine->rank(); }
 int hvdb_size(const hvdb_engine* engine) { return engine->engine->size(); }

@@ -49,7 +49,7 @@ hvdb_status hvdb_hub_create(int size, hvdb_hub** hub);
 void hvdb_hub_destroy(hvdb_hub* hub);
 
 /* mpi_comm: address of an MPI_Comm; it is duplicated (collective over it), never used. MPI must have been initialised with
- * MPI_THREAD_MULTIPLE. trace: file for the decisions, as JSON lines (rank 0); NULL or "": none. */
+ * MPI_THREAD_MULTIPLE; shut the engine down before MPI_Finalize. trace: file for the decisions, as JSON lines (rank 0); NULL or "": none. */
 hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const char* trace, hvdb_engine** engine);
 hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const char* trace, hvdb_engine** engine);
 /* Ends the thread at once if it runs. The channels of the engine die with it. */

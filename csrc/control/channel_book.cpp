@@ -109,18 +109,12 @@ void ChannelBook::withdraw(int from, const Withdraw& message, TimeUs now) {
   const auto found = slots_.find({message.step, message.scope});
   if (found == slots_.end()) return;
   Slot& slot = found->second;
-  if (!slot.decision) {
-    std::erase_if(slot.arrivals, [&](const Arrival& arrival) { return arrival.rank == from; });
-  } else if (!slot.is_final()) {
+  if (slot.is_final() || std::erase_if(slot.arrivals, [&](const Arrival& a) { return a.rank == from; }) == 0) return;
+  if (slot.decision) {
     Decision& decision = *slot.decision;
-    const auto position = std::find(decision.contributors.begin(), decision.contributors.end(), from);
-    if (position == decision.contributors.end()) return;
-    const auto index = position - decision.contributors.begin();
-    decision.contributors.erase(position);
-    decision.samples -= decision.weights[static_cast<std::size_t>(index)];
-    decision.weights.erase(decision.weights.begin() + index);
     ++decision.attempt;
     decision.tag = tags_(2 * buckets_);
+    set_contributors(decision, slot.arrivals);
     slot.done.clear();
     Record replaced = record(Record::Event::replaced, now);
     replaced.step = message.step;
@@ -219,11 +213,6 @@ void ChannelBook::set_paused(int rank, bool paused, TimeUs now) {
 void ChannelBook::set_joined(int rank, bool joined, TimeUs now) {
   ranks_[static_cast<std::size_t>(rank)].joined = joined;
   settle(now);
-}
-
-Step ChannelBook::skip_to_open_step(int rank) {
-  ranks_[static_cast<std::size_t>(rank)].applied = open_step_;
-  return open_step_;
 }
 
 void ChannelBook::tick(TimeUs now) { settle(now); }
@@ -366,15 +355,12 @@ void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeU
   decision.step = open_step_;
   decision.scope = scope;
   decision.tag = tags_(2 * buckets_);
-  decision.metadata = slot.arrivals.front().message.metadata;
+  set_contributors(decision, slot.arrivals);
   Record decided = record(Record::Event::decision, now);
   decided.step = open_step_;
   decided.scope = scope;
   decided.reason = reason;
   for (const Arrival& arrival : slot.arrivals) {
-    decision.contributors.push_back(arrival.rank);
-    decision.weights.push_back(arrival.message.samples);
-    decision.samples += arrival.message.samples;
     decided.bases.push_back(arrival.message.base);
     decided.arrivals.push_back(arrival.at);
   }
@@ -382,6 +368,19 @@ void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeU
   out_.records.push_back(decided);
   slot.decision = decision;
   send_decision(decision);
+}
+
+// arrivals: in the order of ranks.
+void ChannelBook::set_contributors(Decision& decision, const std::vector<Arrival>& arrivals) {
+  decision.contributors.clear();
+  decision.weights.clear();
+  decision.samples = 0;
+  for (const Arrival& arrival : arrivals) {
+    decision.contributors.push_back(arrival.rank);
+    decision.weights.push_back(arrival.message.samples);
+    decision.samples += arrival.message.samples;
+  }
+  decision.metadata = arrivals.empty() ? "" : arrivals.front().message.metadata;
 }
 
 void ChannelBook::send_decision(const Decision& decision) {

@@ -52,9 +52,6 @@ class ChannelBook {
   void set_paused(int rank, bool paused, TimeUs now);
   void set_joined(int rank, bool joined, TimeUs now);
 
-  // The rank goes on with the open step: it is released from a join, and the calls that it has not made don't count.
-  Step skip_to_open_step(int rank);
-
   void tick(TimeUs now);
   std::optional<TimeUs> next_deadline() const { return deadline_; }
 
@@ -95,6 +92,7 @@ class ChannelBook {
   bool decide_what_can(TimeUs now);
   bool close_round_if_ended(TimeUs now);
   void decide(int scope, Slot& slot, const std::string& reason, TimeUs now);
+  static void set_contributors(Decision& decision, const std::vector<Arrival>& arrivals);
   void send_decision(const Decision& decision);
   void advance_open_step(TimeUs now);
   void finish_steps(TimeUs now);

@@ -104,13 +104,10 @@ void Coordinator::release_joined(TimeUs now) {
     const auto index = static_cast<std::size_t>(r);
     if (!joined_[index]) continue;
     joined_[index] = false;
-    Joined reply{last_joined_, {}};
     for (auto& channel : books_) {
-      const bool collective = channel->kind() == ChannelKind::collective;
-      reply.steps.push_back(collective ? channel->skip_to_open_step(r) : -1);
-      if (collective) channel->set_joined(r, false, now);
+      if (channel->kind() == ChannelKind::collective) channel->set_joined(r, false, now);
     }
-    if (!gone_[index]) out_.replies.push_back({r, std::move(reply)});
+    if (!gone_[index]) out_.replies.push_back({r, Joined{last_joined_}});
   }
 }
 

@@ -229,10 +229,6 @@ void Member::receive(const Over& message) {
   ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}};
 }
 
-void Member::skip_to(Step step) {
-  if (!begun_) applied_ = std::max(applied_, step);
-}
-
 void Member::reduced(Step step, int scope_index, int attempt) {
   if (!contributing(step, scope_index, attempt)) return;
   scope(scope_index).phase = Phase::done;

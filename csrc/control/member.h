@@ -68,7 +68,6 @@ class Member {
   void receive(const History& message);
   void receive(const Resume& message);
   void receive(const Over& message);
-  void skip_to(Step step);  // released from a join: the calls in between are not made up for
 
   // --- the engine's reports ---
   void reduced(Step step, int scope, int attempt);

@@ -251,10 +251,9 @@ struct Over {
 
 struct Joined {
   std::int32_t last = 0;
-  std::vector<Step> steps;  // of each channel: where to go on (-1: where it is)
   template <class A>
   void fields(A& a) {
-    a(last), a(steps);
+    a(last);
   }
 };
 

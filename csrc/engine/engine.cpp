@@ -363,10 +363,6 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
           }
         } else if constexpr (std::is_same_v<Body, Joined>) {
           joined_ = body_of.last;
-          for (auto& channel : channels_) {
-            if (!channel->opened || channel->id >= body_of.steps.size()) continue;
-            if (const Step step = body_of.steps[channel->id]; step >= 0) channel->member.skip_to(step);
-          }
           changed_.notify_all();
         } else if constexpr (std::is_same_v<Body, AllGone>) {
           all_gone_ = true;
@@ -571,6 +567,11 @@ void Engine::tick_fetches(TimeUs now) {
 void Engine::take_records() {
   const std::vector<Record> records = coordinator_->take_records();
   for (const Record& record : records) {
+    const bool failed = record.event == Record::Event::gone && !record.reason.empty();
+    if (failed && record.ranks != reported_gone_) {  // once, not for every channel
+      report(rank_, "rank " + std::to_string(record.ranks.front()) + " has left: " + record.reason);
+      reported_gone_ = record.ranks;
+    }
     if (record.event == Record::Event::held) report(rank_, "warning: '" + record.channel + "': " + record.reason);
   }
   trace_.write(records);

@@ -131,6 +131,7 @@ class Engine {
   const std::int32_t tag_limit_;       // decisions use the tags below it, fetches those from it to twice as many
   std::int32_t next_fetch_tag_ = 0;
   Trace trace_;
+  Ranks reported_gone_;
   std::vector<std::shared_ptr<Fetch>> fetches_;
   TimeUs fetch_us_ = 0;                // of the last fetch
   std::deque<Reply> to_self_;          // messages of this rank to itself; `to` is the sender
