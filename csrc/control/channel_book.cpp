@@ -127,6 +127,40 @@ void ChannelBook::withdraw(int from, const Withdraw& message, TimeUs now) {
   settle(now);
 }
 
+void ChannelBook::waiting(int from, const Waiting& message) {
+  ranks_[static_cast<std::size_t>(from)].blocked_in = message.step;
+}
+
+Ranks ChannelBook::blocked() const {
+  Ranks blocked;
+  for (int r = 0; r < size_; ++r) {
+    if (ranks_[static_cast<std::size_t>(r)].blocked_in == open_step_ && has_arrived(r)) blocked.push_back(r);
+  }
+  return blocked;
+}
+
+bool ChannelBook::has_arrived(int rank) const {
+  for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
+    for (const Arrival& arrival : slot->second.arrivals) {
+      if (arrival.rank == rank) return true;
+    }
+  }
+  return false;
+}
+
+void ChannelBook::turn_away(int rank, TimeUs now) {
+  for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
+    if (slot->second.decision) return;  // a step that has begun goes on
+  }
+  ranks_[static_cast<std::size_t>(rank)].turned_away = true;
+  for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
+    for (const Arrival& arrival : slot->second.arrivals) {
+      if (arrival.rank == rank) late(rank, arrival.message, now, "more ranks wait in another channel");
+    }
+    std::erase_if(slot->second.arrivals, [&](const Arrival& arrival) { return arrival.rank == rank; });
+  }
+}
+
 void ChannelBook::done(int from, const Done& message, TimeUs now) {
   const auto found = slots_.find({message.step, message.scope});
   if (found == slots_.end() || !found->second.decision || found->second.decision->attempt != message.attempt) return;
@@ -494,11 +528,12 @@ void ChannelBook::answer(int to, TimeUs now) {
   view.now = now;
   view.opened = opened_at_;
   view.typical_us = typical_us_;
-  view.needed = could <= options_.required || held(now).has_value() ||
+  view.needed = rank.turned_away || could <= options_.required || held(now).has_value() ||
                 (options_.max_misses > 0 && rank.misses >= options_.max_misses);
   const Verdict verdict = rank.misses == 0 ? Verdict{true, {}, "it was not late"} : resume_now(view);
   if (verdict.yes) {
     if (rank.misses > 0) rank.handicap_us = now - opened_at_;
+    rank.turned_away = false;
     reply(Resume{});
   } else if (verdict.look_again) {
     look_again(*verdict.look_again);

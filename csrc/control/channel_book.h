@@ -41,6 +41,7 @@ class ChannelBook {
   void open(int from, const Open& message, TimeUs now);
   void arrive(int from, const Arrive& message, TimeUs now);
   void withdraw(int from, const Withdraw& message, TimeUs now);
+  void waiting(int from, const Waiting& message);
   void done(int from, const Done& message, TimeUs now);
   void sync(int from, const Sync& message, TimeUs now);
   void begin_round(int from, const BeginRound& message, TimeUs now);
@@ -52,6 +53,13 @@ class ChannelBook {
   void set_paused(int rank, bool paused, TimeUs now);
   void set_joined(int rank, bool joined, TimeUs now);
 
+  // For Coordinator::untangle. Who waits for the decision of the open step, and does nothing else meanwhile; whether a rank's
+  // gradient for it is here; and: a rank's gradient for it is dropped, so that the rank goes on to something else.
+  Ranks blocked() const;
+  bool has_arrived(int rank) const;
+  void turn_away(int rank, TimeUs now);
+  Step open_step() const { return open_step_; }
+
   void tick(TimeUs now);
   std::optional<TimeUs> next_deadline() const { return deadline_; }
 
@@ -61,6 +69,8 @@ class ChannelBook {
     bool away = false;
     bool paused = false;
     bool joined = false;
+    bool turned_away = false;  // goes on at once, whatever the open step looks like
+    Step blocked_in = -1;      // the step whose decision it waits for
     Step applied = 0;  // at least; acknowledged by asking for more
     Step reached = 0;  // at least; it has the results of all steps before
     int round = 0;

@@ -35,6 +35,9 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
           channel.arrive(from, body, now);
         } else if constexpr (std::is_same_v<Body, Withdraw>) {
           book(body.channel).withdraw(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Waiting>) {
+          book(body.channel).waiting(from, body);
+          untangle(now);
         } else if constexpr (std::is_same_v<Body, Done>) {
           book(body.channel).done(from, body, now);
         } else if constexpr (std::is_same_v<Body, Sync>) {
@@ -73,6 +76,35 @@ void Coordinator::open(int from, const Open& message, TimeUs now) {
     }
   }
   book(entry->second).open(from, message, now);
+}
+
+// With two optimizers, a rank that was late comes back out of phase: it waits in the second one's step while the others
+// wait in the first one's, and enough of them would wait for each other for ever. All ranks run the same program, so when some
+// are blocked in one channel and some in another, without a gradient in the first, the fewer are out of phase: their
+// gradients are dropped, and they go on to where the others are.
+void Coordinator::untangle(TimeUs now) {
+  ChannelBook* most = nullptr;
+  std::vector<std::pair<ChannelBook*, Ranks>> blocked;
+  for (auto& channel : books_) {
+    if (channel->kind() != ChannelKind::training) continue;
+    Ranks ranks = channel->blocked();
+    if (ranks.empty()) continue;
+    blocked.emplace_back(channel.get(), std::move(ranks));
+  }
+  if (blocked.size() < 2) return;
+  std::size_t count = 0;
+  for (const auto& [channel, ranks] : blocked) {
+    if (ranks.size() > count || (ranks.size() == count && channel->open_step() < most->open_step())) {
+      most = channel;
+      count = ranks.size();
+    }
+  }
+  for (const auto& [channel, ranks] : blocked) {
+    if (channel == most) continue;
+    for (const int rank : ranks) {
+      if (!most->has_arrived(rank)) channel->turn_away(rank, now);
+    }
+  }
 }
 
 void Coordinator::pause(int from, bool paused, TimeUs now) {

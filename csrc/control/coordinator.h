@@ -35,6 +35,7 @@ class Coordinator {
   ChannelBook& book(ChannelId id);
   std::int32_t take_tags(std::int32_t count);
   void open(int from, const Open& message, TimeUs now);
+  void untangle(TimeUs now);
   void pause(int from, bool paused, TimeUs now);
   void join(int from, TimeUs now);
   void release_joined(TimeUs now);

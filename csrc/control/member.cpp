@@ -25,6 +25,7 @@ void Member::begin(double samples, std::string metadata) {
   if (ready_) throw UsageError("begin() while an update is ready: take it with wait() first");
   if (!(samples > 0)) throw UsageError("samples must be above 0, given " + std::to_string(samples));
   begun_ = true;
+  waiting_announced_ = false;
   samples_ = samples;
   metadata_ = std::move(metadata);
   submitted_.assign(scope_of_bucket_.size(), false);
@@ -113,13 +114,16 @@ bool Member::fetch_next_page_entry() {
     const bool mine = begun_ && scopes_[s].phase == Phase::done;
     if (!mine && !past.contributors[s].empty()) missed.scopes.push_back(static_cast<int>(s));
   }
-  fetching_ = past.step;
-  if (!missed.scopes.empty()) {
-    catch_up_ = std::move(missed);
-    return false;
+  if (missed.scopes.empty()) {  // all its contributors have withdrawn: it changes nothing, and nobody hears of it
+    pages_.pop_front();
+    counters_.dropped += begun_ ? 1 : 0;
+    begun_ = false;
+    ++applied_;
+    return next();
   }
-  fetched(past.step);
-  return true;
+  fetching_ = past.step;
+  catch_up_ = std::move(missed);
+  return false;
 }
 
 void Member::fetched(Step step) {
@@ -169,6 +173,13 @@ void Member::leave() {
   }
   leaving_ = true;
   messages_.push_back(Leave{id_, round_});
+}
+
+void Member::announce_waiting() {
+  const bool undecided = std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& s) { return s.phase == Phase::arrived; });
+  if (!begun_ || waiting_announced_ || !undecided) return;
+  waiting_announced_ = true;
+  messages_.push_back(Waiting{id_, applied_});
 }
 
 void Member::withdraw() {

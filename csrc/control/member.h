@@ -53,6 +53,7 @@ class Member {
   void begin_round(std::int64_t length, std::int64_t align_every);
   void away();
   void leave();
+  void announce_waiting();  // the training thread waits for a decision
   void withdraw();  // what has arrived and will never be complete
 
   Step step() const { return applied_; }
@@ -103,6 +104,7 @@ class Member {
   std::vector<Scope> scopes_;
   Step applied_ = 0;
   bool begun_ = false;
+  bool waiting_announced_ = false;  // in this step
   double samples_ = 1.0;
   std::string metadata_;
 

@@ -76,6 +76,17 @@ struct Withdraw {
   }
 };
 
+// The sender's training thread waits for the decision of this step, and does nothing else until it comes. Sent where ranks
+// may wait for each other in different channels (two optimizers): see Coordinator::untangle.
+struct Waiting {
+  ChannelId channel = 0;
+  Step step = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step);
+  }
+};
+
 // This rank has the whole result of (step, scope), and has put its shards into its journal.
 struct Done {
   ChannelId channel = 0;
@@ -284,7 +295,7 @@ struct Refused {
   }
 };
 
-using Message = std::variant<Open, Arrive, Withdraw, Done, Sync, BeginRound, Away, Leave, Pause, Join, Exit, Opened,
+using Message = std::variant<Open, Arrive, Withdraw, Waiting, Done, Sync, BeginRound, Away, Leave, Pause, Join, Exit, Opened,
                              Failed, Decision, Late, History, Resume, Over, Joined, AllGone, Pull, Refused>;
 
 std::vector<std::byte> encode(const Message& message);

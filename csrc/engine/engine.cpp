@@ -30,6 +30,7 @@ bool is_for_coordinator(const Message& message) {
       [](const auto& body) {
         using Body = std::decay_t<decltype(body)>;
         return std::is_same_v<Body, Open> || std::is_same_v<Body, Arrive> || std::is_same_v<Body, Withdraw> ||
+               std::is_same_v<Body, Waiting> ||
                std::is_same_v<Body, Done> || std::is_same_v<Body, Sync> || std::is_same_v<Body, BeginRound> ||
                std::is_same_v<Body, Away> || std::is_same_v<Body, Leave> || std::is_same_v<Body, Pause> ||
                std::is_same_v<Body, Join> || std::is_same_v<Body, Exit>;
@@ -83,6 +84,7 @@ Channel& Engine::open(const ChannelSpec& spec) {
     if (channel->name == spec.name) throw UsageError("'" + spec.name + "' is open already");
   }
   channels_.push_back(std::make_unique<Channel>(spec.name, rank_, spec.kind, spec.arrive_first, spec.average));
+  training_channels_ += spec.kind == ChannelKind::training ? 1 : 0;
   outgoing_.push_back(
       Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all});
   wake();
@@ -145,6 +147,7 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
       if (update) *update = channel.member.take();
       return true;
     }
+    if (training_channels_ > 1) channel.member.announce_waiting();
     mark_dirty(channel);
     wake();
     if (channel.changed.wait_until(lock, deadline) == std::cv_status::timeout) return false;

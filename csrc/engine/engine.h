@@ -139,6 +139,7 @@ class Engine {
   std::mutex mutex_;
   std::unique_ptr<Coordinator> coordinator_;  // rank 0 only
   std::vector<std::unique_ptr<Channel>> channels_;
+  int training_channels_ = 0;
   std::vector<Channel*> dirty_;
   std::vector<Message> outgoing_;      // of the rank itself, to the coordinator
   std::string failure_;
