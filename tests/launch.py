@@ -168,7 +168,8 @@ class Job:
             rank=rank,
             state=state,
             value=value if reported == "returned" else None,
-            error=value if reported == "raised" else "",
+            error=value[0] if reported == "raised" else "",
+            exception=value[1] if reported == "raised" else "",
             output=self._read(rank, "log").decode(errors="replace"),
         )
 

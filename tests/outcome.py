@@ -1,5 +1,6 @@
 """What became of the ranks of a test, and how that is told: data and text only, nothing runs here."""
 
+import re
 import textwrap
 from dataclasses import dataclass
 from typing import Any
@@ -13,22 +14,25 @@ class RankOutcome:
 
     state: "returned", "raised", "died" (ended without a report: killed, or a crash), "hung", "hung at exit" (the body
         had returned), "stopped" (SIGSTOP, at the time limit), or "never started".
-    value: what it returned. error: its traceback, if it raised. output: all that it printed.
+    value: what it returned. error: its traceback, if it raised. exception: the end of that, "ValueError: ...". output:
+        all that it printed.
     """
 
     rank: int
     state: str
     value: Any
     error: str
+    exception: str
     output: str
 
     def describe(self) -> str:
         """A headed block of text: state, error, output."""
         output = self.output
+        if self.exception:  # the interpreter has printed it too, on its way out
+            again = r"Traceback \(most recent call last\):\n( .*\n)+" + re.escape(self.exception)
+            output = re.sub(again, "[the traceback above]\n", output)
         if len(output) > SHOWN_CHARACTERS:
             output = f"[{len(output) - SHOWN_CHARACTERS} characters left out]\n{output[-SHOWN_CHARACTERS:]}"
-        if self.error and self.error in output:  # an interpreter that ended by the exception has printed it too
-            output = output.replace(self.error, "[the traceback above]\n")
         blocks = [f"=== rank {self.rank}: {self.state}"]
         blocks += [textwrap.indent(text.rstrip(), f"  [{self.rank}] ") for text in (self.error, output) if text.strip()]
         return "\n".join(blocks)

@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import pickle
+import reprlib
 import runpy
 import signal
 import sys
@@ -55,12 +56,18 @@ def run_job(job: dict[str, Any]) -> Any:
     return runpy.run_path(job["script"], run_name="__main__").get("result")
 
 
-def describe(error: BaseException) -> str:
-    """The traceback without this file's own frames."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None and frame.tb_frame.f_code.co_filename == __file__:
-        frame = frame.tb_next
-    return "".join(traceback.format_exception(type(error), error, frame))
+def describe(error: BaseException) -> tuple[str, str]:
+    """The traceback without this file's own frames, with the variables of a failed assert; and its last lines alone."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    text = "".join(traceback.format_exception(type(error), error, frames))
+    if isinstance(error, AssertionError) and frames is not None:
+        while frames.tb_next is not None:
+            frames = frames.tb_next
+        for name, value in frames.tb_frame.f_locals.items():
+            text += f"  {name} = {reprlib.repr(value)}\n"
+    return text, "".join(traceback.format_exception_only(error))
 
 
 def main(folder: Path) -> None:

@@ -31,6 +31,11 @@ def fail_on(rank: int) -> None:
         raise ValueError("the answer is 42")
 
 
+def fail_to_count() -> None:
+    seen = 3
+    assert seen == 4
+
+
 def crash_on(rank: int) -> None:
     if launched_rank() == rank:
         ctypes.string_at(0)
@@ -95,9 +100,16 @@ def test_the_rank_that_raises_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome.ranks[2].state == "raised"
     assert "ValueError: the answer is 42" in outcome.ranks[2].error
     assert "in fail_on" in outcome.ranks[2].error
+    assert outcome.ranks[2].exception.strip() == "ValueError: the answer is 42"
     assert "about to fail" in outcome.ranks[2].output
     with pytest.raises(AssertionError, match=r"=== rank 2: raised\n(.*\n)*.*the answer is 42"):
         outcome.values()
+    assert outcome.describe().count("the answer is 42") == 2, "the line and the exception, and not all of it twice"
+
+
+def test_a_failed_assert_shows_its_variables() -> None:
+    with pytest.raises(AssertionError, match="seen = 3"):
+        run_ranks(1, fail_to_count)
 
 
 def test_a_native_crash_names_rank_and_line() -> None:
