@@ -1,0 +1,204 @@
+// The data plane for tests: kernels, transports and the collective by themselves, without an engine. Buffers are given by
+// address, so that a test decides about alignment, overlap and kind of memory.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <string_view>
+
+#include "base/error.h"
+#include "bindings/testing.h"
+#include "collective/allreduce.h"
+#include "collective/partition.h"
+#include "collective/segments.h"
+#include "kernels/weighted_sum.h"
+#include "kernels/weighted_sum_isa.h"
+#include "transport/in_process.h"
+#include "transport/mpi_transport.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace hvd_backup {
+
+namespace {
+
+using Address = std::uintptr_t;
+
+DataType data_type(std::string_view name) {
+  constexpr std::string_view names[] = {"float16", "bfloat16", "float32", "float64", "int32", "int64"};
+  const auto* found = std::find(std::begin(names), std::end(names), name);
+  if (found == std::end(names)) throw UsageError("unknown dtype " + std::string(name));
+  return static_cast<DataType>(found - names);
+}
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void run_weighted_sum(std::string_view dtype, Address destination, const std::vector<Address>& sources,
+                      const std::vector<double>& weights, double scale, std::size_t count,
+                      std::string_view instruction_set) {
+  std::vector<const void*> pointers;
+  for (const Address source : sources) pointers.push_back(pointer(source));
+  if (instruction_set.empty()) {
+    weighted_sum(data_type(dtype), pointer(destination), pointers, weights, scale, count);
+    return;
+  }
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.name != instruction_set) continue;
+    set.sum(data_type(dtype), pointer(destination), pointers.data(), weights.data(), pointers.size(), scale, count);
+    return;
+  }
+  throw UsageError("this machine or build has no kernel for " + std::string(instruction_set));
+}
+
+struct Collective {
+  bool done = false;
+};
+
+// A transport with the pool that its collectives share, as the engine has them.
+struct Endpoint {
+  StagingPool staging;  // outlives the collectives, whose state the transport holds
+  std::unique_ptr<Transport> transport;
+
+  Transport& open() const {
+    if (!transport) throw UsageError("this endpoint has been closed");
+    return *transport;
+  }
+
+  std::shared_ptr<Collective> start(const std::vector<int>& members, const std::vector<double>& weights, double scale,
+                                    std::string_view dtype, std::size_t count, Address contribution, Address result,
+                                    int tag, std::size_t small_bytes, std::size_t segment_bytes,
+                                    std::size_t staging_bytes) {
+    auto collective = std::make_shared<Collective>();
+    AllreduceOptions options{.members = members,
+                             .weights = weights,
+                             .scale = scale,
+                             .dtype = data_type(dtype),
+                             .count = count,
+                             .contribution = pointer(contribution),
+                             .result = pointer(result),
+                             .tag = tag,
+                             .small_bytes = small_bytes,
+                             .segment_bytes = segment_bytes,
+                             .staging_bytes = staging_bytes,
+                             .staging = &staging};
+    start_allreduce(open(), std::move(options), [collective] { collective->done = true; });
+    return collective;
+  }
+
+  // Without the GIL, so that the other ranks' threads run too.
+  void finish(const std::vector<std::shared_ptr<Collective>>& collectives, double timeout_s) {
+    const auto all_done = [&] {
+      return std::all_of(collectives.begin(), collectives.end(), [](const auto& one) { return one->done; });
+    };
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_s);
+    while (!all_done()) {
+      if (open().progress()) continue;
+      sched_yield();
+      if (std::chrono::steady_clock::now() > deadline) {
+        throw RuntimeFailure("rank " + std::to_string(open().rank()) + " has " + std::to_string(open().pending()) +
+                             " transfers pending after " + std::to_string(timeout_s) + " s");
+      }
+    }
+  }
+};
+
+std::unique_ptr<Endpoint> endpoint(std::unique_ptr<Transport> transport) {
+  auto made = std::make_unique<Endpoint>();
+  made->transport = std::move(transport);
+  return made;
+}
+
+nb::object receive_message(Endpoint& self) {
+  int from = -1;
+  Bytes message;
+  if (!self.open().receive_message(&from, &message)) return nb::none();
+  return nb::make_tuple(from, nb::bytes(reinterpret_cast<const char*>(message.data()), message.size()));
+}
+
+void send_message(Endpoint& self, int peer, const nb::bytes& message) {
+  const auto* begin = reinterpret_cast<const std::byte*>(message.c_str());
+  self.open().send_message(peer, Bytes(begin, begin + message.size()));
+}
+
+}  // namespace
+
+void register_data_plane(nb::module_& module) {
+  nb::exception<UsageError>(module, "UsageError", PyExc_RuntimeError);
+  nb::exception<RuntimeFailure>(module, "RuntimeFailure", PyExc_RuntimeError);
+
+  module.def("weighted_sum", &run_weighted_sum, "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a,
+             "count"_a, "instruction_set"_a = "", nb::call_guard<nb::gil_scoped_release>());
+  module.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const InstructionSet& set : instruction_sets()) names.emplace_back(set.name);
+    return names;
+  });
+  module.def("kernel_instruction_set", &kernel_instruction_set);
+
+  module.def(
+      "shard_of",
+      [](std::size_t count, std::size_t parts, std::size_t part) {
+        const Shard shard = shard_of(count, parts, part);
+        return std::pair(shard.begin, shard.end);
+      },
+      "count"_a, "parts"_a, "part"_a);
+  module.attr("shard_granule") = shard_granule;
+  module.def("segment_elements", &segment_elements, "members"_a, "element_bytes"_a, "segment_bytes"_a,
+             "staging_bytes"_a);
+  module.attr("staging_slots") = staging_slots;
+  module.attr("min_segment_bytes") = min_segment_bytes;
+
+  nb::class_<Hub>(module, "Hub").def(nb::init<int>(), "size"_a);
+  nb::class_<Collective>(module, "Collective").def_ro("done", &Collective::done);
+  const AllreduceOptions defaults;
+  nb::class_<Endpoint>(module, "Endpoint")
+      .def_static(
+          "in_process",
+          [](std::shared_ptr<Hub> hub, int rank) { return endpoint(make_in_process_transport(std::move(hub), rank)); },
+          "hub"_a, "rank"_a)
+      .def_static(
+          "over_mpi",
+          [](Address comm, std::size_t piece_bytes) { return endpoint(make_mpi_transport(pointer(comm), piece_bytes)); },
+          "comm"_a, "piece_bytes"_a = mpi_piece_bytes)
+      .def("close", [](Endpoint& self) { self.transport.reset(); })
+      .def_prop_ro("rank", [](Endpoint& self) { return self.open().rank(); })
+      .def_prop_ro("size", [](Endpoint& self) { return self.open().size(); })
+      .def_prop_ro("max_tag", [](Endpoint& self) { return self.open().max_tag(); })
+      .def_prop_ro("pending", [](Endpoint& self) { return self.open().pending(); })
+      .def("send_message", &send_message, "peer"_a, "message"_a)
+      .def("receive_message", &receive_message)
+      .def(
+          "start_send",
+          [](Endpoint& self, int peer, int tag, Address data, std::size_t bytes, OnDone on_done) {
+            self.open().start_send(peer, tag, {pointer<const std::byte>(data), bytes}, std::move(on_done));
+          },
+          "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+      .def(
+          "start_receive",
+          [](Endpoint& self, int peer, int tag, Address data, std::size_t bytes, OnDone on_done) {
+            self.open().start_receive(peer, tag, {pointer<std::byte>(data), bytes}, std::move(on_done));
+          },
+          "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+      .def("progress", [](Endpoint& self) { return self.open().progress(); })
+      .def("start_allreduce", &Endpoint::start, nb::kw_only(), "members"_a, "weights"_a, "scale"_a = 1.0, "dtype"_a,
+           "count"_a, "contribution"_a, "result"_a, "tag"_a = 0, "small_bytes"_a = defaults.small_bytes,
+           "segment_bytes"_a = defaults.segment_bytes, "staging_bytes"_a = defaults.staging_bytes)
+      .def("finish", &Endpoint::finish, "collectives"_a, "timeout_s"_a = 60.0,
+           nb::call_guard<nb::gil_scoped_release>());
+  module.def("mpi_library_version", &mpi_library_version);
+}
+
+}  // namespace hvd_backup

@@ -1,0 +1,441 @@
+"""The promises of transport.h, kept by both transports: in one process, step by step or on threads, and over MPI."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_backup import _core_testing as core
+from tests.launch import run_ranks, start_ranks
+from tests.rank_main import mark
+from tests.threads import run_threads
+
+# ---- One process, one thread: the test decides who runs when.
+
+
+def endpoints(size: int) -> list[core.Endpoint]:
+    hub = core.Hub(size)
+    return [core.Endpoint.in_process(hub, rank) for rank in range(size)]
+
+
+def let_run(ends: Sequence[core.Endpoint]) -> None:
+    """Calls progress() on these endpoints until none of them has anything to do."""
+    while sum(end.progress() for end in ends):  # every one of them, each time
+        pass
+
+
+def send(end: core.Endpoint, peer: int, tag: int, data: np.ndarray, log: list[str], name: str) -> None:
+    end.start_send(peer, tag, data.ctypes.data, data.nbytes, lambda: log.append(name))
+
+
+def receive(end: core.Endpoint, peer: int, tag: int, data: np.ndarray, log: list[str], name: str) -> None:
+    end.start_receive(peer, tag, data.ctypes.data, data.nbytes, lambda: log.append(name))
+
+
+def test_messages_keep_their_order_and_their_size() -> None:
+    ends = endpoints(3)
+    messages = [b"", b"x", bytes(1 << 20), b"last"]
+    for message in messages:
+        ends[0].send_message(2, message)
+        ends[2].send_message(2, message)  # to itself
+    got = defaultdict(list)
+    while (item := ends[2].receive_message()) is not None:
+        got[item[0]].append(item[1])
+    assert got == {0: messages, 2: messages}
+    assert ends[1].receive_message() is None
+
+
+def test_transfers_match_by_peer_and_tag_in_order() -> None:
+    ends = endpoints(3)
+    log: list[str] = []
+    source = [np.full(5, value, np.int64) for value in range(4)]
+    target = [np.full(5, -1, np.int64) for _ in range(4)]
+    send(ends[0], 2, 7, source[0], log, "s0")
+    send(ends[0], 2, 7, source[1], log, "s1")
+    send(ends[0], 2, 8, source[2], log, "s2")
+    send(ends[1], 2, 7, source[3], log, "s3")
+    receive(ends[2], 0, 8, target[2], log, "r2")
+    receive(ends[2], 1, 7, target[3], log, "r3")
+    receive(ends[2], 0, 7, target[0], log, "r0")
+    receive(ends[2], 0, 7, target[1], log, "r1")
+    assert log == [], "callbacks run inside progress() only"
+    let_run(ends)
+    np.testing.assert_array_equal(target, source)
+    assert sorted(log) == ["r0", "r1", "r2", "r3", "s0", "s1", "s2", "s3"]
+    assert [end.pending for end in ends] == [0, 0, 0]
+
+
+def test_a_send_completes_only_when_it_has_been_received() -> None:
+    ends = endpoints(2)
+    log: list[str] = []
+    data = np.arange(3.0)
+    into = np.zeros(3)
+    receive(ends[1], 0, 0, into, log, "received")
+    send(ends[0], 1, 0, data, log, "sent")
+    let_run(ends[:1])
+    assert log == [] and ends[0].pending == 1, "nothing moves while the receiver does not call progress()"
+    let_run(ends)
+    assert log == ["received", "sent"] and into.tolist() == data.tolist()
+
+
+def test_nothing_waits_for_a_rank_that_has_stopped() -> None:
+    ends = endpoints(3)
+    log: list[str] = []
+    data = np.ones(4)
+    into = np.zeros(4)
+    send(ends[0], 2, 0, data, log, "to the stopped one")
+    receive(ends[0], 2, 0, into, log, "from the stopped one")
+    for _ in range(1000):
+        ends[0].send_message(2, b"are you there?")
+    send(ends[0], 1, 0, data, log, "sent")
+    receive(ends[1], 0, 0, into, log, "received")
+    let_run(ends[:2])
+    assert sorted(log) == ["received", "sent"]
+    assert ends[0].pending == 2
+
+
+def test_callbacks_may_start_transfers() -> None:
+    ends = endpoints(2)
+    ball = np.zeros(1, np.int64)
+    hits: list[int] = []
+
+    def hit(me: int) -> None:
+        hits.append(int(ball[0]))
+        ball[0] += 1
+        if ball[0] < 20:
+            ends[me].start_send(1 - me, 3, ball.ctypes.data, 8, lambda: catch(me))
+
+    def catch(me: int) -> None:
+        ends[me].start_receive(1 - me, 3, ball.ctypes.data, 8, lambda: hit(me))
+
+    catch(1)
+    hit(0)
+    let_run(ends)
+    assert hits == list(range(20))
+    for end in ends:
+        end.close()  # the last receive holds a callback, which holds the endpoints
+
+
+def test_empty_transfers_complete() -> None:
+    ends = endpoints(2)
+    log: list[str] = []
+    ends[0].start_send(1, 0, 0, 0, lambda: log.append("sent"))
+    ends[1].start_receive(0, 0, 0, 0, lambda: log.append("received"))
+    let_run(ends)
+    assert sorted(log) == ["received", "sent"]
+
+
+def test_unequal_sizes_are_named() -> None:
+    ends = endpoints(2)
+    log: list[str] = []
+    send(ends[0], 1, 4, np.zeros(2), log, "")
+    receive(ends[1], 0, 4, np.zeros(3), log, "")
+    with pytest.raises(core.RuntimeFailure, match="from rank 0 with tag 4 has 16 bytes, 24 were expected"):
+        let_run(ends)
+
+
+def test_an_endpoint_that_is_closed_leaves_nothing_behind() -> None:
+    ends = endpoints(2)
+    log: list[str] = []
+    data = np.ones(3)
+    into = np.zeros(3)
+    send(ends[0], 1, 0, data, log, "sent")
+    ends[0].close()
+    ends[0].close()
+    data[:] = 7
+    receive(ends[1], 0, 0, into, log, "received")
+    let_run(ends[1:])
+    assert log == [] and into.tolist() == [0, 0, 0] and ends[1].pending == 1
+    with pytest.raises(core.UsageError, match="closed"):
+        ends[0].progress()
+
+
+def test_wrong_use_of_a_hub_is_refused() -> None:
+    with pytest.raises(core.UsageError, match="hub of 0 ranks"):
+        core.Hub(0)
+    hub = core.Hub(2)
+    with pytest.raises(core.UsageError, match="rank 2 of a hub of 2 ranks"):
+        core.Endpoint.in_process(hub, 2)
+    end = core.Endpoint.in_process(hub, 1)
+    with pytest.raises(core.UsageError, match="rank 1 of this hub has an endpoint already"):
+        core.Endpoint.in_process(hub, 1)
+    assert (end.rank, end.size) == (1, 2) and end.max_tag >= 32767
+
+
+Action = tuple[str, int, int, int]  # what, from, to, tag
+
+
+@given(
+    actions=st.lists(
+        st.tuples(st.sampled_from(["message", "send", "receive", "run"]), *[st.integers(0, 2)] * 3), max_size=120
+    )
+)
+def test_any_interleaving_keeps_order_and_contents(actions: list[Action]) -> None:
+    """Random programs of three ranks, run in any order, against a model: one queue for each kind, pair and tag."""
+    ends = endpoints(3)
+    sent: dict[tuple[int, int, int], list[np.ndarray]] = defaultdict(list)
+    into: dict[tuple[int, int, int], list[np.ndarray]] = defaultdict(list)
+    said: dict[tuple[int, int], list[bytes]] = defaultdict(list)
+    done: list[str] = []
+    for number, (what, source, target, tag) in enumerate(actions):
+        lane = (source, target, tag)
+        if what == "run":
+            ends[source].progress()
+        elif what == "message":
+            said[source, target].append(number.to_bytes(4, "little"))
+            ends[source].send_message(target, said[source, target][-1])
+        elif source != target and what == "send":
+            sent[lane].append(np.full(6, number, np.int32))
+            send(ends[source], target, tag, sent[lane][-1], done, "")
+        elif source != target:
+            into[lane].append(np.full(6, -1, np.int32))
+            receive(ends[target], source, tag, into[lane][-1], done, "")
+    let_run(ends)
+    lanes = set(sent) | set(into)
+    for lane in lanes:
+        matched = min(len(sent[lane]), len(into[lane]))
+        np.testing.assert_array_equal(into[lane][:matched], sent[lane][:matched])
+        assert all((data == -1).all() for data in into[lane][matched:])
+    assert len(done) == sum(2 * min(len(sent[lane]), len(into[lane])) for lane in lanes)
+    for target in range(3):
+        heard = defaultdict(list)
+        while (item := ends[target].receive_message()) is not None:
+            heard[item[0]].append(item[1])
+        assert all(heard[source] == said[source, target] for source in range(3))
+
+
+# ---- The same exchange on threads and over MPI.
+
+
+def wait_until(end: core.Endpoint, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if not end.progress():
+            time.sleep(0)
+        assert time.monotonic() < deadline, f"rank {end.rank}: {end.pending} transfers pending after {timeout_s} s"
+
+
+def take_messages(end: core.Endpoint, count: int) -> dict[int, list[bytes]]:
+    got: dict[int, list[bytes]] = defaultdict(list)
+    total = 0
+    while total < count:
+        if (item := end.receive_message()) is None:
+            end.progress()
+            time.sleep(0)
+        else:
+            got[item[0]].append(item[1])
+            total += 1
+    return got
+
+
+MESSAGE_SIZES = (0, 1, 255, 5000, 70_000, 3_000_000, 10)
+TRANSFER_BYTES = (1, 999, 1000, 1001, 5000, 300_000, 0)
+
+
+def exchange(end: core.Endpoint) -> None:
+    """All to all: messages of all sizes, transfers of all sizes under two tags, each in order."""
+    peers = [peer for peer in range(end.size) if peer != end.rank]
+    log: list[str] = []
+    kept = []
+    for tag in (0, 32767):
+        for size in TRANSFER_BYTES:
+            for peer in peers:
+                outgoing = np.full(size, end.rank * 16 + tag % 16, np.uint8)
+                incoming = np.zeros(size, np.uint8)
+                kept.append((peer, tag, outgoing, incoming))
+                if tag == 0:
+                    receive(end, peer, tag, incoming, log, "")
+                    send(end, peer, tag, outgoing, log, "")
+                else:
+                    send(end, peer, tag, outgoing, log, "")
+                    receive(end, peer, tag, incoming, log, "")
+    for size in MESSAGE_SIZES:
+        for peer in range(end.size):
+            end.send_message(peer, bytes([end.rank]) * size)
+    got = take_messages(end, len(MESSAGE_SIZES) * end.size)
+    wait_until(end, lambda: end.pending == 0)
+    assert len(log) == 2 * len(kept)
+    for peer, tag, _, incoming in kept:
+        assert (incoming == peer * 16 + tag % 16).all()
+    assert got == {peer: [bytes([peer]) * size for size in MESSAGE_SIZES] for peer in range(end.size)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_exchange_between_threads(size: int) -> None:
+    hub = core.Hub(size)
+    run_threads(size, lambda rank: exchange(core.Endpoint.in_process(hub, rank)))
+
+
+def over_mpi(**options: int) -> core.Endpoint:
+    from mpi4py import MPI
+
+    return core.Endpoint.over_mpi(MPI._addressof(MPI.COMM_WORLD), **options)
+
+
+@pytest.mark.ranks(1, 2, 4)
+def test_exchange_over_mpi(size: int) -> None:
+    end = over_mpi()
+    assert end.size == size
+    exchange(end)
+
+
+@pytest.mark.ranks(3)
+def test_transfers_over_mpi_are_cut_into_pieces() -> None:
+    exchange(over_mpi(piece_bytes=1000))
+
+
+@pytest.mark.ranks(2)
+def test_two_transports_do_not_hear_each_other() -> None:
+    from mpi4py import MPI
+
+    first, second = over_mpi(), over_mpi()
+    peer = 1 - first.rank
+    MPI.COMM_WORLD.isend(b"mine", dest=peer, tag=0).Free()
+    first.send_message(peer, b"first")
+    second.send_message(peer, b"second")
+    assert take_messages(second, 1) == {peer: [b"second"]}
+    assert take_messages(first, 1) == {peer: [b"first"]}
+    assert MPI.COMM_WORLD.recv(source=peer, tag=0) == b"mine"
+
+
+@pytest.mark.ranks(2)
+def test_unequal_sizes_over_mpi_are_errors() -> None:
+    for sent, expected, complaint in ((16, 24, "rank 0 has 16 bytes, 24 were expected"), (24, 16, "(?i)truncat")):
+        end = over_mpi()
+        log: list[str] = []
+        if end.rank == 0:
+            data = np.zeros(sent, np.uint8)
+            send(end, 1, 0, data, log, "")
+            wait_until(end, lambda end=end: end.pending == 0)  # type: ignore[misc]
+        else:
+            data = np.zeros(expected, np.uint8)
+            receive(end, 0, 0, data, log, "")
+            with pytest.raises(core.RuntimeFailure, match=complaint):
+                wait_until(end, lambda end=end: end.pending == 0)  # type: ignore[misc]
+
+
+@pytest.mark.ranks(2)
+def test_many_pending_transfers_cost_little() -> None:
+    """Thousands of receives towards a silent peer: polling stays cheap, closing cancels them."""
+    end = over_mpi()
+    idle = np.zeros((5000, 8))
+    if end.rank == 0:
+        for tag, row in enumerate(idle):
+            end.start_receive(1, tag + 1, row.ctypes.data, row.nbytes, lambda: None)
+    pending = end.pending
+    log: list[str] = []
+    data, into = np.zeros(100), np.empty(100)
+    began = time.monotonic()
+    for _ in range(200):
+        send(end, 1 - end.rank, 0, data, log, "")
+        receive(end, 1 - end.rank, 0, into, log, "")
+        wait_until(end, lambda: end.pending == pending)
+    assert len(log) == 400
+    assert time.monotonic() - began < 20
+    end.close()
+    end.close()
+
+
+STEPS = 2000
+
+
+def talk_past_a_stopped_rank(stopped: Path) -> None:
+    """Rank 2 is stopped until the others have finished; `stopped` exists once it is."""
+    end = over_mpi()
+    big = np.full(1 << 20, end.rank, np.uint8)
+    from_others = {peer: np.zeros_like(big) for peer in (0, 1)}
+    log: list[str] = []
+    if end.rank == 2:
+        mark("ready")
+        while not stopped.exists():
+            time.sleep(0.01)
+        messages = take_messages(end, 2 * STEPS)
+        assert [len(messages[peer]) for peer in (0, 1)] == [STEPS, STEPS]
+        for peer, into in from_others.items():
+            receive(end, peer, 1, into, log, "")
+        wait_until(end, lambda: end.pending == 0)
+        assert all((into == peer).all() for peer, into in from_others.items())
+        return
+    while not stopped.exists():
+        time.sleep(0.01)
+    peer = 1 - end.rank
+    send(end, 2, 1, big, log, "")
+    receive(end, 2, 1, np.zeros_like(big), log, "")  # never sent
+    slowest = 0.0
+    for step in range(STEPS):
+        began = time.monotonic()
+        end.send_message(2, b"x" * 64)
+        end.send_message(peer, b"tick")
+        assert take_messages(end, 1)[peer] == [b"tick"]
+        if step % 20 == 0:
+            send(end, peer, 0, big, log, "")
+            receive(end, peer, 0, from_others[peer], log, "")
+            wait_until(end, lambda expected=2 * (step // 20 + 1): len(log) == expected)  # type: ignore[misc]
+        slowest = max(slowest, time.monotonic() - began)
+    mark("finished", slowest)
+    wait_until(end, lambda: end.pending == 1)
+
+
+def test_a_stopped_rank_costs_the_others_nothing(tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    with start_ranks(3, talk_past_a_stopped_rank, args=(stopped,)) as job:
+        job.wait_for_mark(2, "ready")
+        job.stop(2)
+        stopped.touch()
+        slowest = [job.wait_for_mark(rank, "finished") for rank in (0, 1)]
+        job.resume(2)
+        job.wait().values()
+    assert max(slowest) < 0.5
+
+
+BEFORE_INIT = """
+import mpi4py
+mpi4py.rc.initialize = False
+from hvd_backup import _core_testing as core
+from mpi4py import MPI
+def refusal():
+    try:
+        core.Endpoint.over_mpi(MPI._addressof(MPI.COMM_WORLD))
+    except core.UsageError as error:
+        return str(error)
+result = [refusal()]
+MPI.Init_thread(MPI.THREAD_SERIALIZED)
+result.append(refusal())
+MPI.Finalize()
+result.append(refusal())
+"""
+
+
+def test_mpi_in_the_wrong_state_is_refused_with_the_remedy() -> None:
+    (texts,) = run_ranks(1, BEFORE_INIT)
+    for text, part in zip(texts, ("not initialised", "MPI_THREAD_MULTIPLE", "finalised already"), strict=True):
+        assert part in text
+
+
+LEFT_OPEN = """
+import numpy as np
+from hvd_backup import _core_testing as core
+from mpi4py import MPI
+end = core.Endpoint.over_mpi(MPI._addressof(MPI.COMM_WORLD))
+data = np.zeros(1 << 20, np.uint8)
+end.start_receive(1 - end.rank, 0, data.ctypes.data, data.nbytes, lambda: None)
+MPI.COMM_WORLD.Barrier()
+if end.rank == 0:
+    end.close()
+MPI.Finalize()
+end.close()
+result = "ended"
+"""
+
+
+def test_closing_with_transfers_pending_before_and_after_finalize() -> None:
+    assert run_ranks(2, LEFT_OPEN, timeout_s=60) == ["ended", "ended"]
+
+
+def test_the_mpi_library_names_itself() -> None:
+    assert any(name in core.mpi_library_version() for name in ("Open MPI", "MPICH", "Intel"))
