@@ -1,0 +1,70 @@
+"""Broadcast and allgather of bytes and of Python objects over MPI, of any length.
+
+MPI counts elements in 32-bit integers, so what is longer goes in pieces. Every function is collective over `comm`,
+blocking, and assumes that all ranks are there: call `Context.full_collective` first. The framework modules make tensors
+of the bytes.
+"""
+
+from __future__ import annotations
+
+import pickle
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["allgather", "allgather_object", "broadcast", "broadcast_object"]
+
+PIECE_BYTES = 1 << 30
+
+
+def broadcast(comm: MPI.Intracomm, data: memoryview, root: int) -> None:
+    """Overwrites `data` with the bytes of rank `root`. data: contiguous, writable, as long on all ranks."""
+    flat = data.cast("B")
+    for start in range(0, len(flat), PIECE_BYTES):
+        comm.Bcast([flat[start : start + PIECE_BYTES], _byte()], root)
+
+
+def allgather(comm: MPI.Intracomm, mine: memoryview, everybody: memoryview, lengths: list[int]) -> None:
+    """Writes the bytes of all ranks into `everybody`, one after the other. lengths: of each rank's `mine`, in bytes."""
+    target = everybody.cast("B")
+    starts = [0, *accumulate(lengths)]
+    if starts[-1] < 1 << 31:
+        comm.Allgatherv([mine.cast("B"), _byte()], [target, (lengths, starts[:-1]), _byte()])
+        return
+    own = comm.Get_rank()
+    target[starts[own] : starts[own + 1]] = mine.cast("B")
+    for rank, start in enumerate(starts[:-1]):
+        broadcast(comm, target[start : starts[rank + 1]], rank)
+
+
+def broadcast_object(comm: MPI.Intracomm, value: Any, root: int) -> Any:
+    """`value` of rank `root`, on every rank; on `root` the very object. It must pickle."""
+    is_root = comm.Get_rank() == root
+    data = bytearray(_pickled(value)) if is_root else bytearray()
+    length = comm.bcast(len(data), root)
+    if not is_root:
+        data = bytearray(length)
+    broadcast(comm, memoryview(data), root)
+    return value if is_root else pickle.loads(data)
+
+
+def allgather_object(comm: MPI.Intracomm, value: Any) -> list[Any]:
+    """The `value` of every rank, by rank. Each must pickle."""
+    mine = _pickled(value)
+    lengths = comm.allgather(len(mine))
+    everybody = memoryview(bytearray(sum(lengths)))
+    allgather(comm, memoryview(mine), everybody, lengths)
+    starts = [0, *accumulate(lengths)]
+    return [pickle.loads(everybody[starts[rank] : starts[rank + 1]]) for rank in range(len(lengths))]
+
+
+def _pickled(value: Any) -> bytes:
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _byte() -> MPI.Datatype:
+    from mpi4py import MPI
+
+    return MPI.BYTE

@@ -1,0 +1,263 @@
+"""The process-wide context: what init() makes and shutdown() ends. Everything else asks `current()` for it.
+
+It owns the engine, a communicator of our own for the collectives of the training thread, the configuration, and the
+list of optimizers that have to be asked before all ranks meet. MPI comes from mpi4py; the user's communicator is
+duplicated and never used. However the program ends, the engine leaves before MPI is finalised: by shutdown(), at the
+exit of the interpreter, or when the program calls MPI.Finalize() itself (through an attribute of MPI.COMM_SELF, which
+MPI deletes first of all). Meant for one thread, the training thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hvd_backup import _core, faults, launch_check
+from hvd_backup.config import Config
+from hvd_backup.errors import ConfigError, HvdBackupError, NotInitializedError, UsageError
+from hvd_backup.first_n import Collectives
+from hvd_backup.policy import Policy
+from hvd_backup.rendezvous import Rendezvous
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Context", "Participant", "current", "init", "is_initialized", "shutdown"]
+
+_log = logging.getLogger("hvd_backup")
+
+
+class Participant(Protocol):
+    """An optimizer, as the collectives of all ranks see it."""
+
+    backup_workers: int
+
+    def in_followed_round(self) -> bool:
+        """Whether `follow` ties this rank's place in the data to the optimizer's steps right now."""
+
+    def aligned(self) -> bool:
+        """Whether all ranks meet at this step (`follow(..., align_every=k)`)."""
+
+    def leave_round(self, what: str) -> None:
+        """Ends the optimizer's round, because this rank enters `what`. Not called within a followed round."""
+
+
+class Context:
+    """One init()'s worth of everything. Use `current()`; do not construct it.
+
+    Attributes:
+        rank, size: of this process, among all.
+        local_rank, local_size: among the processes that share its memory (its node).
+        cross_rank, cross_size: among the processes with the same local rank, one for each node.
+        comm: communicator of our own, for collectives that the training thread calls after `full_collective`.
+        engine: the native engine.
+        collectives: first_n_allreduce and allreduce, on addresses.
+        config: the options, as the environment gave them.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, config: Config) -> None:
+        from mpi4py import MPI
+
+        self.comm = comm
+        self.config = config
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        local = comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
+        cross = comm.Split(color=self.local_rank, key=self.rank)
+        self.cross_rank, self.cross_size = cross.Get_rank(), cross.Get_size()
+        cross.Free()
+        local.Free()
+        self.engine = _core.Engine.over_mpi(MPI._addressof(comm), config.trace)
+        self.collectives = Collectives(self.engine, config.journal_bytes)
+        self._rendezvous = Rendezvous(self.collectives, comm)
+        self._participants: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._finalizing = False
+        self._process = os.getpid()
+        # The engine says goodbye before MPI is finalised, by whomever: MPI deletes this attribute first of all.
+        self._finalize_hook = MPI.Comm.Create_keyval(delete_fn=lambda _comm, _keyval, _value: self._on_finalize())
+        MPI.COMM_SELF.Set_attr(self._finalize_hook, None)
+
+    @property
+    def default_backup_workers(self) -> int:
+        """What the environment says about backup workers, as a number of ranks."""
+        return Policy.resolve(self.config, self.size).backup_workers
+
+    def register(self, participant: Participant) -> None:
+        """From now on `participant` is asked before all ranks meet. Only a weak reference is kept."""
+        self._participants.add(participant)
+
+    def before_full_collective(self, what: str) -> None:
+        """Ends the rounds of all optimizers, because this rank enters `what`, in which all ranks must take part.
+
+        Raises:
+            UsageError: an optimizer with backup workers is inside a followed loop, where ranks skip batches and so
+                would call `what` unequally often.
+        """
+        participants: list[Participant] = list(self._participants)
+        for participant in participants:
+            if participant.in_followed_round() and participant.backup_workers > 0 and not participant.aligned():
+                raise UsageError(
+                    f"{what} inside a loop over follow() with backup workers: a rank that is late skips batches, so "
+                    "the ranks would call it unequally often and hang. For values of every step use "
+                    "optimizer.metrics(...) before step(); to meet at every k-th step (evaluation, checkpoints) use "
+                    "follow(..., align_every=k), and call it only there; or call it after the loop"
+                )
+        for participant in participants:
+            if not participant.in_followed_round():
+                participant.leave_round(what)
+
+    def full_collective(self, what: str) -> None:
+        """To be called at the start of every collective on `comm`: returns when all ranks are in the same one.
+
+        Args:
+            what: names the collective with all that must be equal on all ranks, as "barrier()".
+
+        Raises:
+            UsageError: on every rank, when the ranks do not mean the same collective; or as `before_full_collective`.
+            HvdBackupError: a rank has left the program.
+        """
+        self.before_full_collective(what)
+        self._rendezvous.meet(what)
+
+    def join(self) -> int:
+        """See `hvd_backup.mpi.join`."""
+        self.before_full_collective("join()")
+        if self.collectives.under_way():
+            raise UsageError("join() while a collective is under way: synchronize() all handles first")
+        last = self.engine.join()
+        self.collectives.start_afresh()
+        return last
+
+    def close(self, failure: str) -> None:
+        """Leaves for good: returns when all ranks have left. failure: the exception that ends this rank, or empty."""
+        from mpi4py import MPI
+
+        if self._process != os.getpid():  # a forked child has no engine thread, and must not end its parent's part
+            return
+        self.engine.shutdown(failure)
+        self.comm.Free()
+        if not self._finalizing:
+            MPI.COMM_SELF.Delete_attr(self._finalize_hook)
+            MPI.Comm.Free_keyval(self._finalize_hook)
+
+    def _on_finalize(self) -> None:
+        self._finalizing = True
+        if _current is self:
+            _end_quietly("hvd_backup was used after MPI.Finalize(): finalise MPI last, or leave it to mpi4py")
+
+
+_current: Context | None = None
+_why_not = "hvd_backup is not initialised: call hvd.init() first"
+
+
+def init(comm: MPI.Comm | None = None) -> None:
+    """Starts the engine: collective over `comm`. A second call does nothing.
+
+    Args:
+        comm: mpi4py communicator of the ranks that take part; None: MPI.COMM_WORLD. It is duplicated, never used.
+
+    Raises:
+        ConfigError: the environment of this rank or of another one has an option that cannot be used.
+        UsageError: MPI is missing, finalised, of a thread level below MPI_THREAD_MULTIPLE, another one than
+            hvd_backup was built with, or not started for several processes although a launcher has started them.
+    """
+    global _current
+    MPI = launch_check.usable_mpi()  # noqa: N806
+    if comm is not None and (not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL):
+        raise UsageError(
+            f"init(comm={comm!r}): expected an mpi4py intracommunicator that contains this process, or None for "
+            "MPI.COMM_WORLD; for some of the ranks: MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.group.Incl([0, 1, ...]))"
+        )
+    if _current is not None:
+        if comm is not None and MPI.Comm.Compare(comm, _current.comm) not in (MPI.IDENT, MPI.CONGRUENT):
+            raise UsageError("init() was called before with another communicator: on all ranks, call shutdown() first")
+        return
+    original: Any = MPI.COMM_WORLD if comm is None else comm
+    own = original.Dup()  # before anything that may fail on some ranks only
+    complaint, config = "", Config()
+    try:
+        config = Config.from_environment()
+        launch_check.check(MPI)
+    except HvdBackupError as error:
+        complaint = str(error)
+    complaints = own.allgather(complaint)  # so that no rank goes on and waits for one that has given up
+    if any(complaints):
+        own.Free()
+        raise _worst(complaints, original.Get_rank())
+    _set_up_log(config.log_level)
+    context = Context(own, config)
+    if config.delay and not faults.injected().delays:
+        faults.inject(*faults.parse(config.delay))
+        for delay in faults.injected().without_effect(context.size) if context.rank == 0 else ():
+            _log.warning("HVD_BACKUP_DELAY: no rank of %d is delayed by %s", context.size, delay)
+    _current = context
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)
+
+
+def shutdown() -> None:
+    """Leaves: this rank takes part in nothing more. Returns when all ranks have left; a second call does nothing.
+
+    init() may be called again afterwards, on all ranks. Runs by itself when the program ends.
+    """
+    _end("hvd_backup was used after shutdown(): call hvd.init() again first")
+
+
+def is_initialized() -> bool:
+    """Whether the engine runs: after init(), before shutdown()."""
+    return _current is not None
+
+
+def current() -> Context:
+    """The context.
+
+    Raises:
+        NotInitializedError: before init(), after shutdown(), or after MPI.Finalize().
+    """
+    if _current is None:
+        raise NotInitializedError(_why_not)
+    return _current
+
+
+def _end(why_not: str, failure: str = "") -> None:
+    global _current, _why_not
+    context, _current = _current, None
+    if context is not None:
+        _why_not = why_not
+        context.close(failure)
+
+
+def _worst(complaints: list[str], rank: int) -> ConfigError:
+    """This rank's own complaint, or else that of the lowest rank that has one."""
+    if complaints[rank]:
+        return ConfigError(complaints[rank])
+    other, complaint = next((other, text) for other, text in enumerate(complaints) if text)
+    return ConfigError(f"init() failed on rank {other}: {complaint}")
+
+
+def _set_up_log(level: str) -> None:
+    """Log records below WARNING need a handler to be seen; a program that has set up logging keeps its own."""
+    number = {"trace": logging.DEBUG, "fatal": logging.CRITICAL}.get(level) or getattr(logging, level.upper())
+    _log.setLevel(number)
+    if number < logging.WARNING and not _log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
+        _log.addHandler(handler)
+
+
+def _at_exit() -> None:
+    """An exception that ends the interpreter is in sys.last_exc (Python 3.12) or sys.last_value by now."""
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    _end_quietly("the interpreter is exiting", failure="" if error is None else f"{type(error).__name__}: {error}")
+
+
+def _end_quietly(why_not: str, failure: str = "") -> None:
+    try:
+        _end(why_not, failure)
+    except HvdBackupError as error:
+        _log.error("while leaving: %s", error)

