@@ -1,0 +1,181 @@
+"""Gradients packed into flat buffers: which gradient lies where, and the two buffers of each bucket.
+
+One buffer of a bucket holds this rank's contribution, the other takes the result; they change roles after each step. So
+the averaged gradients that p.grad shows after step() lie where the next contribution is made, and a gradient that
+autograd accumulates into them in place (zero_grad(set_to_none=False), gradient_as_bucket_view) needs no copy at all,
+while the engine never writes into a buffer that p.grad shows outside of step().
+
+It knows no engine and no steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["DTYPES", "Bucket", "Buckets", "dense_strides", "plan"]
+
+# Names as the engine has them.
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
+
+
+def plan(parameters: Sequence[torch.Tensor], order: Sequence[int], bucket_bytes: int) -> list[list[int]]:
+    """Which parameters go into which bucket.
+
+    Args:
+        parameters: in the order of the optimizer's groups.
+        order: their indices, in the order in which gradients become ready.
+        bucket_bytes: a bucket is closed before it exceeds this; a larger gradient has a bucket of its own.
+
+    Returns:
+        Buckets of indices, of one dtype each, in the order in which they become complete.
+    """
+    closed: list[list[int]] = []
+    growing: dict[torch.dtype, list[int]] = {}
+    sizes: dict[torch.dtype, int] = {}
+    for index in order:
+        dtype = parameters[index].dtype
+        size = parameters[index].numel() * parameters[index].element_size()
+        if growing.get(dtype) and sizes[dtype] + size > bucket_bytes:
+            closed.append(growing.pop(dtype))
+        if dtype not in growing:
+            growing[dtype], sizes[dtype] = [], 0
+        growing[dtype].append(index)
+        sizes[dtype] += size
+    closed.extend(sorted(growing.values(), key=lambda bucket: order.index(bucket[-1])))
+    return closed
+
+
+def dense_strides(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The strides that autograd gives to a gradient of `parameter`: its own, unless those leave gaps or overlap."""
+    return torch.empty_like(parameter, device="meta").stride()
+
+
+class Bucket:
+    """One bucket, with views of the parameters' gradients in both of its buffers.
+
+    Attributes:
+        members: indices of its parameters, in the order in which their gradients lie in it.
+        contribution, result: the buffers, one-dimensional.
+        contribution_views, result_views: a tensor for each member, of its parameter's shape, dtype and strides. They
+            share memory with the buffer but count their in-place changes (`_version`) each for itself.
+        residual: what of this rank's gradients has been dropped and is to be added to the next contribution, or None.
+        unpacked: how many gradients of the next contribution are not there yet.
+    """
+
+    def __init__(self, members: list[int], parameters: Sequence[torch.Tensor]) -> None:
+        self.members = members
+        dtype = parameters[members[0]].dtype
+        elements = sum(parameters[index].numel() for index in members)
+        self.contribution = torch.zeros(elements, dtype=dtype)
+        self.result = torch.zeros(elements, dtype=dtype)
+        self.contribution_views = self._views(self.contribution, parameters)
+        self.result_views = self._views(self.result, parameters)
+        self.residual: torch.Tensor | None = None
+        self.unpacked = len(members)
+
+    def _views(self, buffer: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        views, offset = [], 0
+        for index in self.members:
+            parameter = parameters[index]
+            view = torch.empty(0, dtype=buffer.dtype)
+            views.append(view.set_(buffer.untyped_storage(), offset, parameter.shape, dense_strides(parameter)))
+            offset += parameter.numel()
+        return views
+
+    def exchange_roles(self) -> None:
+        """The result becomes the next contribution's buffer, and the other way round."""
+        self.contribution, self.result = self.result, self.contribution
+        self.contribution_views, self.result_views = self.result_views, self.contribution_views
+
+    def finish_contribution(self, prescale: float) -> None:
+        """Scales what has been packed, and adds what was dropped before."""
+        if prescale != 1.0:
+            self.contribution.mul_(prescale)
+        if self.residual is not None:
+            self.contribution.add_(self.residual)
+
+    def keep_residual(self, used: bool) -> None:
+        """What was contributed has been used, or was dropped: then it waits for the next contribution."""
+        self.residual = None if used else self.contribution.clone()
+
+
+class Buckets:
+    """All buckets of an optimizer, in the order in which they become complete.
+
+    Args:
+        parameters: in the order of the optimizer's groups.
+        order, bucket_bytes: see `plan`.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], order: Sequence[int], bucket_bytes: int) -> None:
+        self.all = [Bucket(members, parameters) for members in plan(parameters, order, bucket_bytes)]
+        self._parameters = parameters
+        home = {i: (b, slot) for b, bucket in enumerate(self.all) for slot, i in enumerate(bucket.members)}
+        self._home = [home[i] for i in range(len(parameters))]
+
+    def layout(self) -> list[tuple[int, str]]:
+        """Elements and dtype name of each."""
+        return [(bucket.contribution.numel(), DTYPES[bucket.contribution.dtype]) for bucket in self.all]
+
+    def result_addresses(self) -> list[int]:
+        """Where results go now."""
+        return [bucket.result.data_ptr() for bucket in self.all]
+
+    def pack(self, index: int, show: bool) -> int | None:
+        """Puts p.grad of a parameter into its bucket, unless it lies there already. No gradient counts as zero.
+
+        Args:
+            show: p.grad becomes the view in the bucket.
+
+        Returns:
+            The number of the bucket, when this has completed it.
+        """
+        number, slot = self._home[index]
+        bucket = self.all[number]
+        view = bucket.contribution_views[slot]
+        parameter = self._parameters[index]
+        gradient = parameter.grad
+        if gradient is None:
+            view.zero_()
+        elif gradient is not view:
+            view.copy_(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
+            if show:
+                parameter.grad = view
+        bucket.unpacked -= 1
+        return number if bucket.unpacked == 0 else None
+
+    def start_afresh(self) -> None:
+        """Nothing of the next contribution is there yet."""
+        for bucket in self.all:
+            bucket.unpacked = len(bucket.members)
+
+    def show_results(self, postscale: float) -> None:
+        """Makes p.grad show the results."""
+        for bucket in self.all:
+            if postscale != 1.0:
+                bucket.result.mul_(postscale)
+            for index, view in zip(bucket.members, bucket.result_views, strict=True):
+                if self._parameters[index].grad is not view:
+                    self._parameters[index].grad = view
+
+    def result_versions(self) -> list[int]:
+        """Counts of in-place changes of what `show_results` shows; -1 where p.grad shows something else."""
+        versions = []
+        for (number, slot), parameter in zip(self._home, self._parameters, strict=True):
+            view = self.all[number].result_views[slot]
+            versions.append(view._version if parameter.grad is view else -1)
+        return versions
+
+    def show_zeros(self) -> None:
+        """Makes p.grad show zeros, in the buffers where the next contribution is made."""
+        for bucket in self.all:
+            bucket.contribution.zero_()
+            for index, view in zip(bucket.members, bucket.contribution_views, strict=True):
+                self._parameters[index].grad = view
+
+    def exchange_roles(self) -> None:
+        """See Bucket."""
+        for bucket in self.all:
+            bucket.exchange_roles()

@@ -1,0 +1,125 @@
+"""DistributedOptimizer: makes any torch optimizer one whose step() applies the mean of the first gradients to arrive.
+
+The name and the arguments are Horovod's (horovod/torch/optimizer.py, 0.28.1), and then ours. The wrapped optimizer
+becomes an object of a class derived from its own, so that isinstance, learning-rate schedulers and GradScaler see what
+they expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from hvd_backup import context
+from hvd_backup.first_n import ReduceOp
+from hvd_backup.policy import Policy
+from hvd_backup.torch import checks
+from hvd_backup.torch.compression import Compression, NoneCompressor
+from hvd_backup.torch.exchange import ExchangeOptions, GradientExchange
+from hvd_backup.torch.optimizer import DistributedStep
+
+__all__ = ["DistributedOptimizer"]
+
+
+def DistributedOptimizer(  # noqa: N802
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
+    compression: type[NoneCompressor] = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: ReduceOp = ReduceOp.AVERAGE,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: Any = None,
+    sparse_as_dense: bool = False,
+    process_set: Any = None,
+    *,
+    backup_workers: int | float | None = None,
+    policy: str | None = None,
+    grace: float | None = None,
+    max_misses: int | None = None,
+    max_staleness: int | None = None,
+    late: str | None = None,
+    max_lag: int | str | None = None,
+    on_max_lag: str | None = None,
+    scope: str | None = None,
+    arrive: str | None = None,
+    gradient_as_bucket_view: bool = False,
+) -> Any:
+    """Wraps a torch optimizer: its step() applies the mean gradient over the first ranks to arrive.
+
+    Make it on all ranks, with the same arguments, after init(); use the returned optimizer in place of the given one.
+    All ranks must begin with the same weights (`broadcast_parameters`).
+
+    Args:
+        optimizer: any torch.optim.Optimizer that applies gradients when step() is called without a closure.
+        named_parameters: `model.named_parameters()`; names make errors readable.
+        compression: Compression.none.
+        backward_passes_per_step: how many backward passes accumulate into p.grad before it is handed over.
+        op: Average; or Sum: the mean times the number of ranks, so that who is late does not change the scale.
+        gradient_predivide_factor: with Average: gradients are divided by it before the mean and multiplied afterwards.
+        num_groups, groups, process_set: Horovod's; not supported yet.
+        sparse_as_dense: makes sparse gradients dense; without it they are refused.
+        backup_workers: b: an update waits for n - b ranks. An int, or a fraction of the number of ranks n.
+        policy: "synchronous" (b = 0) or "backup" (b > 0).
+        grace: seconds after the (n - b)-th arrival during which others still count.
+        max_misses: a rank that was left out this many times in a row is waited for; 0: never.
+        max_staleness: 0.
+        late: what becomes of a gradient that came too late: "drop", or "carry": it is added to this rank's next one.
+        max_lag: how many updates are kept for ranks that are behind, or "auto".
+        on_max_lag: "wait": beyond that the others wait.
+        scope: "step": one set of contributors for all gradients; "bucket": one for each bucket.
+        arrive: a rank counts as there when its "first" or its "last" bucket is ready.
+        gradient_as_bucket_view: p.grad lies in the buffer that is sent: no copy, and zero_grad() never sets None.
+
+    Options left at None come from the environment (HVD_BACKUP_*).
+
+    Returns:
+        An object of a class derived from the optimizer's own, with its state.
+
+    Raises:
+        UsageError, ValueError: an argument, a parameter or an optimizer that cannot be used.
+        NotInitializedError: before init().
+    """
+    place = context.current()
+    checks.check_optimizer(optimizer)
+    checks.check_supported(compression, num_groups, groups, process_set)
+    prescale, postscale = checks.scales(op, gradient_predivide_factor, place.size)
+    named = checks.name_parameters(optimizer, named_parameters)
+    rules = Policy.resolve(
+        place.config,
+        place.size,
+        backup_workers=backup_workers,
+        policy=policy,
+        grace=grace,
+        max_misses=max_misses,
+        max_staleness=max_staleness,
+        late=late,
+        max_lag=max_lag,
+        on_max_lag=on_max_lag,
+        scope=scope,
+        arrive=arrive,
+    )
+    passes = checks.positive("backward_passes_per_step", backward_passes_per_step)
+    options = ExchangeOptions(
+        bucket_bytes=place.config.bucket_bytes,
+        prescale=prescale,
+        postscale=postscale,
+        sparse_as_dense=sparse_as_dense,
+        bucket_views=gradient_as_bucket_view,
+        description=(
+            f"optimizer {type(optimizer).__name__} with {len(optimizer.param_groups)} parameter groups",
+            f"op {op.value}",
+            f"gradient_predivide_factor {gradient_predivide_factor}",
+            f"bucket_bytes {place.config.bucket_bytes}",
+            f"backward_passes_per_step {passes}",
+        ),
+    )
+    kind: Any = type(type(optimizer).__name__, (DistributedStep, type(optimizer)), {})
+    wrapped: DistributedStep = kind.__new__(kind)  # its state is the optimizer's, which is there already
+    # `step` is among it when a scheduler was made before; it would lead past our own.
+    wrapped.__dict__.update({key: value for key, value in vars(optimizer).items() if key != "step"})
+    wrapped._synchronizes = True
+    wrapped._exchange = GradientExchange(place, rules, options, named, wrapped, passes)
+    return wrapped

@@ -1,0 +1,300 @@
+"""The gradients of one optimizer on their way out and back: hooks, packing, handing over, and the results as p.grad.
+
+Hooks on the parameters copy each gradient into its bucket as soon as autograd has it, and a complete bucket goes to the
+engine while the backward pass goes on. In the first step nothing overlaps: the order in which gradients become ready is
+only then known, and decides the buckets of all ranks. What it is not: the rules of step() (hvd_backup/updates.py) and
+the face that users see (optimizer.py).
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from hvd_backup import faults
+from hvd_backup.context import Context
+from hvd_backup.errors import UsageError
+from hvd_backup.policy import Policy
+from hvd_backup.torch import hyperparameters
+from hvd_backup.torch.buckets import Buckets, dense_strides
+from hvd_backup.training import Training
+
+__all__ = ["ExchangeOptions", "GradientExchange"]
+
+
+@dataclass(frozen=True)
+class ExchangeOptions:
+    """How gradients are packed.
+
+    Attributes:
+        bucket_bytes: see `buckets.plan`.
+        prescale, postscale: factors before and after the mean.
+        sparse_as_dense, bucket_views: as DistributedOptimizer's arguments.
+        description: lines that must be equal on all ranks.
+    """
+
+    bucket_bytes: int
+    prescale: float
+    postscale: float
+    sparse_as_dense: bool
+    bucket_views: bool
+    description: tuple[str, ...]
+
+
+class Appliable(Protocol):
+    """The optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    def _apply_update(self) -> None:
+        """Applies p.grad to the weights."""
+
+
+class GradientExchange:
+    """Owned by its optimizer.
+
+    Attributes:
+        training: the optimizer's updates and rounds.
+        synchronized: synchronize() is done, complete() is not.
+        passes: backward passes until a gradient is handed over.
+        schedulers: called after each update.
+    """
+
+    def __init__(
+        self,
+        place: Context,
+        policy: Policy,
+        options: ExchangeOptions,
+        named: Sequence[tuple[str, torch.Tensor]],
+        optimizer: Appliable,
+        passes: int,
+    ) -> None:
+        self.training = Training(place, policy, self)
+        self.synchronized = False
+        self.passes = passes
+        self.schedulers: list[Callable[[], None]] = []
+        self._place = place
+        self._options = options
+        self._names = [name for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+        self._optimizer: Appliable = weakref.proxy(optimizer)
+        self._buckets: Buckets | None = None
+        self._first_order: list[int] = []
+        self._sent: hyperparameters.Hyperparameters = []
+        self._loaded = False
+        self._loaded_versions: list[int] = []
+        self._start_afresh()
+        for index in range(len(named)):
+            self._register_hook(index)
+
+    def _register_hook(self, index: int) -> None:
+        """The hook must not keep this exchange alive: a new optimizer may take over the same parameters."""
+        this = weakref.ref(self)
+
+        def hook(_: torch.Tensor) -> None:
+            exchange = this()
+            if exchange is None:
+                handle.remove()
+            else:
+                exchange.gradient_ready(index)
+
+        parameter: Any = self._parameters[index]  # torch has no annotation for this method
+        handle = parameter.register_post_accumulate_grad_hook(hook)
+
+    def set_passes(self, passes: int) -> None:
+        """Changes backward_passes_per_step between two gradients."""
+        if self._started:
+            raise UsageError("backward_passes_per_step was changed between backward() and step(): do it after step()")
+        self.passes = passes
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        """The next gradient is awaited: nothing of it is there yet."""
+        self._started = False
+        self._passes_left = [self.passes] * len(self._parameters)
+        self._packed = [False] * len(self._parameters)
+        self._versions = [0] * len(self._parameters)
+        if self._buckets is not None:
+            self._buckets.start_afresh()
+
+    # --- the gradient goes out ---
+
+    def gradient_ready(self, index: int) -> None:
+        """Called by autograd when the gradient of a parameter has been accumulated in p.grad."""
+        if not self._started:
+            self._start()
+        if self._passes_left[index] <= 0:
+            raise AssertionError(
+                "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
+                "backward_passes_per_step to accumulate gradients locally."
+            )
+        gradient = self._parameters[index].grad
+        if gradient is not None and gradient.is_sparse and not self._options.sparse_as_dense:
+            raise UsageError(
+                f"the gradient of {self._names[index]} is sparse: give DistributedOptimizer(..., "
+                "sparse_as_dense=True), or make the layer with sparse=False"
+            )
+        self._passes_left[index] -= 1
+        if self._passes_left[index] > 0:
+            return
+        if self._buckets is not None:
+            self._pack(self._buckets, index)
+        else:
+            self._first_order.append(index)
+        self._versions[index] = self._version_of(index)
+
+    def _start(self) -> None:
+        self.training.check_usable()
+        if self.synchronized:
+            raise UsageError("backward() between synchronize() and step(): call step() in skip_synchronize() first")
+        self._started = True
+        faults.injected().sleep(self._place.rank, self.training.global_step, self._place.size)
+
+    def synchronize(self) -> None:
+        """Hands over what the hooks have not, waits, and leaves the averaged gradients in p.grad."""
+        self.training.check_usable()
+        if not self._started:
+            raise UsageError("step() without a gradient: call loss.backward() before every step()")
+        self._check_untouched()
+        if self._buckets is None:
+            self.open()
+        assert self._buckets is not None
+        for index, packed in enumerate(self._packed):
+            if not packed:
+                self._pack(self._buckets, index)
+        self._check_hyperparameters()
+        used = self.training.catch_up()
+        if self.training.policy.late == "carry":
+            for bucket, was_used in zip(self._buckets.all, used, strict=True):
+                bucket.keep_residual(was_used)
+        self._start_afresh()
+        self.synchronized = True
+
+    def _pack(self, buckets: Buckets, index: int) -> None:
+        """Puts a gradient into its bucket; a complete bucket goes out."""
+        number = buckets.pack(index, show=self._options.bucket_views)
+        self._packed[index] = True
+        if number is not None:
+            bucket = buckets.all[number]
+            bucket.finish_contribution(self._options.prescale)
+            self.training.contribute(self._metadata)
+            self.training.submit(number, bucket.contribution.data_ptr(), bucket.result.data_ptr())
+
+    def _metadata(self) -> bytes:
+        if self.training.backup_workers == 0:
+            return b""
+        self._sent = hyperparameters.snapshot(self._optimizer.param_groups)
+        return hyperparameters.encode(self._sent)
+
+    # --- what must not have happened ---
+
+    def _version_of(self, index: int) -> int:
+        gradient = self._parameters[index].grad
+        return -1 if gradient is None else gradient._version
+
+    def _check_untouched(self) -> None:
+        """What the hooks have handed over must still be what p.grad shows: a change would be lost, silently."""
+        for index, left in enumerate(self._passes_left):
+            if left == 0 and self._versions[index] != self._version_of(index):
+                raise UsageError(
+                    f"the gradient of {self._names[index]} was changed after backward() had handed it over: clip "
+                    "between synchronize() and step(), or with backup workers in optimizer.on_update(..., "
+                    "when='before'); register your own gradient hooks before making the DistributedOptimizer"
+                )
+
+    def _check_hyperparameters(self) -> None:
+        if self.training.backup_workers == 0:
+            return
+        now = hyperparameters.snapshot(self._optimizer.param_groups)
+        if told := hyperparameters.changes(self._sent, now):
+            raise UsageError(
+                f"a hyperparameter was changed between backward() and step(): {told}. It has gone out with the "
+                "gradient, and must be the same for all who apply the update: set it before backward(), or hand the "
+                "scheduler over with optimizer.register_scheduler(scheduler)"
+            )
+
+    # --- Framework: what the training asks for ---
+
+    def open(self) -> None:
+        """Agrees with all ranks on the buckets, by the order in which gradients have become ready, if they have."""
+        seen = set(self._first_order)
+        order = self._first_order + [i for i in reversed(range(len(self._parameters))) if i not in seen]
+        update_bytes = sum(p.numel() * p.element_size() for p in self._parameters)
+        agreed = self.training.open(self._description(), json.dumps(order).encode(), update_bytes)
+        buckets = Buckets(self._parameters, json.loads(agreed), self._options.bucket_bytes)
+        self.training.set_layout(buckets.layout(), buckets.result_addresses(), buckets)
+        self._buckets = buckets
+
+    def gradient_started(self) -> bool:
+        """See Framework."""
+        return self._started or self.synchronized
+
+    def load(self, metadata: bytes) -> None:
+        """See Framework."""
+        assert self._buckets is not None
+        if self.training.backup_workers > 0:
+            hyperparameters.install(self._optimizer.param_groups, hyperparameters.decode(metadata))
+        self._buckets.show_results(self._options.postscale)
+        self._loaded = True
+        self._loaded_versions = self._buckets.result_versions()
+
+    def apply(self) -> None:
+        """See Framework."""
+        self._optimizer._apply_update()
+
+    def applied(self) -> None:
+        """See Framework."""
+        for step in self.schedulers:
+            step()
+
+    @contextmanager
+    def outside_step(self) -> Iterator[None]:
+        """See Framework. p.grad shows no result buffer outside of step(), so nothing that it shows is overwritten."""
+        shown = [parameter.grad for parameter in self._parameters]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for parameter, gradient in zip(self._parameters, shown, strict=True):
+                parameter.grad = gradient
+            self._loaded = False
+
+    # --- the end of a step ---
+
+    def complete(self, may_have_changed: bool) -> None:
+        """Applies what synchronize() has left in p.grad. may_have_changed: the user had a chance to change it."""
+        self.training.check_usable()
+        assert self._buckets is not None
+        must_be_same = may_have_changed and self._loaded and self.training.backup_workers > 0
+        if must_be_same and self._buckets.result_versions() != self._loaded_versions:
+            raise UsageError(
+                "gradients were changed between synchronize() and step(). With backup workers a late rank applies this "
+                "update, too, and must change them alike: optimizer.on_update(fn, when='before') runs fn on every "
+                "rank, for every update"
+            )
+        self.training.complete()
+        self.synchronized = False
+        if self._loaded:
+            self._buckets.exchange_roles()
+            self.training.set_results(self._buckets.result_addresses())
+            self._loaded = False
+
+    def zero_in_buckets(self) -> None:
+        """zero_grad() with gradient_as_bucket_view: gradients become zeros in the buffers that go out next."""
+        if self._options.bucket_views and self._buckets is not None:
+            self._buckets.show_zeros()
+
+    def _description(self) -> list[str]:
+        lines = list(self._options.description)
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            line = f"{name} {tuple(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
+            strides = dense_strides(parameter)
+            contiguous = torch.empty(parameter.shape, device="meta").stride()
+            lines.append(line if strides == contiguous else f"{line} strides {strides}")
+        return lines

@@ -1,0 +1,120 @@
+"""Before training: the same weights and the same optimizer state on all ranks. As in horovod.torch.functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from hvd_backup import byte_collectives, context
+from hvd_backup.errors import UsageError
+from hvd_backup.torch import hyperparameters
+from hvd_backup.torch.memory import bytes_of, contiguous, root_of, signature_of
+
+__all__ = ["broadcast_optimizer_state", "broadcast_parameters"]
+
+
+def broadcast_parameters(
+    params: Mapping[str, Any] | Iterable[tuple[str, Any] | torch.Tensor], root_rank: int, process_set: Any = None
+) -> None:
+    """Gives all ranks the tensors of rank `root_rank`, in place.
+
+    Args:
+        params: `model.state_dict()`, `model.named_parameters()` or `model.parameters()`. None in place of a tensor is
+            passed over.
+        root_rank: whose tensors they are to be.
+
+    Raises:
+        UsageError: something that is no tensor; or, on every rank, names, shapes or dtypes that differ between ranks.
+    """
+    if process_set is not None:
+        raise UsageError("process_set is not there yet: give init() a communicator of the ranks that work together")
+    pairs = list(params.items()) if isinstance(params, Mapping) else [_pair(entry) for entry in params]
+    tensors = []
+    for name, tensor in sorted(pairs, key=lambda pair: pair[0]) if isinstance(params, Mapping) else pairs:
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            kind = type(tensor).__name__
+            raise UsageError(f"broadcast_parameters: {name} is a {kind}, no tensor: use broadcast_object")
+        if tensor is not None:
+            tensors.append((name, tensor))
+    here = context.current()
+    root = root_of(root_rank, here.size)
+    told = ", ".join(f"{name} {signature_of(tensor)}" for name, tensor in tensors)
+    here.full_collective(f"broadcast_parameters({told}, root_rank={root})")
+    _broadcast_in_place(here, [tensor for _, tensor in tensors], root)
+
+
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None) -> None:
+    """Gives all ranks the optimizer state and the hyperparameters of rank `root_rank`, and the global step.
+
+    Args:
+        optimizer: any optimizer but LBFGS, distributed or not. One that has not stepped yet has no state; then the
+            others lose theirs.
+        root_rank: whose state it is to be.
+        model: accepted as in Horovod, not needed.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("cannot broadcast torch.optim.LBFGS state")
+    here = context.current()
+    root = root_of(root_rank, here.size)
+    here.full_collective(f"broadcast_optimizer_state({type(optimizer).__name__}, root_rank={root})")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    outline = byte_collectives.broadcast_object(here.comm, _outline(optimizer, parameters), root)
+    state, values, global_step = outline
+    if len(state) != len(parameters):
+        raise UsageError(f"the optimizer has {len(parameters)} parameters, but on rank {root} it has {len(state)}")
+    for parameter, entries in zip(parameters, state, strict=True):
+        if here.rank != root:
+            _shape_state(optimizer, parameter, entries)
+        tensors = [optimizer.state[parameter][key] for key, entry in entries.items() if isinstance(entry, _Shape)]
+        _broadcast_in_place(here, tensors, root)
+    hyperparameters.install(optimizer.param_groups, values)
+    if hasattr(optimizer, "training"):
+        optimizer.training.global_step = global_step
+
+
+class _Shape:
+    """Stands for a tensor that follows by itself."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape, self.dtype, self.device = tuple(tensor.shape), tensor.dtype, tensor.device
+        self.strides = torch.empty_like(tensor, device="meta").stride()
+
+    def fits(self, tensor: Any) -> bool:
+        return isinstance(tensor, torch.Tensor) and (tuple(tensor.shape), tensor.dtype) == (self.shape, self.dtype)
+
+    def make(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+def _outline(optimizer: Any, parameters: list[torch.Tensor]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    state = [
+        {key: _Shape(value) if isinstance(value, torch.Tensor) else value for key, value in entries.items()}
+        for entries in (optimizer.state.get(parameter, {}) for parameter in parameters)
+    ]
+    return state, hyperparameters.snapshot(optimizer.param_groups), getattr(optimizer, "global_step", 0)
+
+
+def _shape_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, entries: dict[str, Any]) -> None:
+    """Gives a parameter the entries that it has on the root, with tensors yet to be filled."""
+    present = optimizer.state.pop(parameter, {})
+    if not entries:
+        return
+    optimizer.state[parameter] = {
+        key: (present[key] if entry.fits(present.get(key)) else entry.make()) if isinstance(entry, _Shape) else entry
+        for key, entry in entries.items()
+    }
+
+
+def _broadcast_in_place(here: context.Context, tensors: list[torch.Tensor], root: int) -> None:
+    for tensor in tensors:
+        whole = contiguous("broadcast", tensor)
+        byte_collectives.broadcast(here.comm, bytes_of(whole), root)
+        if whole.data_ptr() != tensor.data_ptr():
+            with torch.no_grad():
+                tensor.copy_(whole)
+
+
+def _pair(entry: Any) -> tuple[str, Any]:
+    return entry if isinstance(entry, tuple) else ("", entry)

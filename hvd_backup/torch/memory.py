@@ -1,0 +1,70 @@
+"""Torch tensors as the engine and MPI want them: on the CPU, contiguous, as bytes, as text."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from hvd_backup.errors import UsageError
+
+__all__ = ["Done", "bytes_of", "contiguous", "dtype_name", "root_of", "signature_of"]
+
+
+class Done:
+    """The handle of a collective that has ended."""
+
+    def __init__(self, outcome: Any) -> None:
+        self._outcome = outcome
+
+    def poll(self) -> bool:
+        """Always."""
+        return True
+
+    def wait(self) -> Any:
+        """The outcome."""
+        return self._outcome
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """As the engine has it."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def contiguous(operation: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without its graph, contiguous; copied only if need be.
+
+    Raises:
+        UsageError: it is no dense tensor on the CPU.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise UsageError(f"{operation}({type(tensor).__name__}): expected a torch.Tensor")
+    if tensor.device.type != "cpu":
+        raise UsageError(f"{operation}: the tensor is on {tensor.device}, supported is the CPU: use tensor.cpu()")
+    if tensor.layout is not torch.strided:
+        raise UsageError(f"{operation}: the tensor has layout {tensor.layout}, not a dense one: use tensor.to_dense()")
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, shared with it."""
+    start, length = tensor.storage_offset() * tensor.element_size(), tensor.numel() * tensor.element_size()
+    view = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (length,), (1,))
+    return memoryview(view.numpy())  # type: ignore[arg-type]  # NumPy's stubs know no Buffer
+
+
+def signature_of(tensor: torch.Tensor, first: str = "") -> str:
+    """dtype and shape as text, for comparison between ranks. first: in place of the first dimension."""
+    shape = [str(length) for length in tensor.shape]
+    if first:
+        shape[0] = first
+    return f"{dtype_name(tensor)}[{', '.join(shape)}]"
+
+
+def root_of(root_rank: int, size: int) -> int:
+    """`root_rank`, checked."""
+    root = operator.index(root_rank)
+    if not 0 <= root < size:
+        raise UsageError(f"root_rank={root_rank}: expected 0 to {size - 1}, there are {size} ranks")
+    return root
