@@ -1,0 +1,123 @@
+"""The benchmarks run, verify what they measure, and compute what their headers define.
+
+Their numbers are not judged here: a shared test machine cannot. The pure parts run inside ranks, because importing a
+benchmark starts MPI.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvd_backup import launch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # ranks inherit this process's path
+
+
+def quick_results(name: str, folder: Path, *options: str) -> tuple[Any, str]:
+    """Runs a benchmark on four ranks in its quick mode; returns the results from its JSON, and what it printed."""
+    file = folder / "results.json"
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--json", str(file), *options]
+    done = launch.run(4, command, timeout_s=120, capture=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(file.read_text())
+    assert document["benchmark"] == name
+    assert document["settings"]["ranks"] == 4
+    assert document["machine"]["cores"] >= 1
+    return document["results"], done.stdout
+
+
+def test_allreduce_perf(tmp_path: Path) -> None:
+    results, printed = quick_results("allreduce_perf", tmp_path, "--max-kib", "64")
+    contestants = {"first-N, nobody late", "first-N, one late", "MPI_Allreduce", "gloo"}
+    assert {(r["bytes"], r["contestant"]) for r in results} == {
+        (size, contestant) for size in (1024, 4096, 16384, 65536) for contestant in contestants
+    }
+    for r in results:
+        assert r["verified"] and 0 < r["p50_us"] <= r["p99_us"]
+        assert r["bytes_per_s"] == pytest.approx(r["bytes"] / r["p50_us"] * 1e6)
+        assert (r["time_to_mpi_allreduce"] == 1.0) == (r["contestant"] == "MPI_Allreduce")
+    assert all(contestant in printed for contestant in contestants)
+
+
+@pytest.mark.parametrize("options", [(), ("--scope", "bucket", "--arrive", "last", "--model-mib", "0.5")])
+def test_step_perf(tmp_path: Path, options: tuple[str, ...]) -> None:
+    results, printed = quick_results("step_perf", tmp_path, *options)
+    cases = {(r["case"], r["backup_workers"]): r for r in results["cases"]}
+    assert set(cases) == {("nobody slow", 0), ("nobody slow", 1), ("straggler", 0), ("straggler", 1)}
+    assert cases["straggler", 0]["p50_ms"] >= 250  # computing and straggling
+    assert cases["straggler", 1]["p50_ms"] < 250
+    assert results["straggler_back"]["since"] > 0
+    assert "time / ideal" in printed
+
+
+def test_stopped_rank_perf(tmp_path: Path) -> None:
+    results, printed = quick_results("stopped_rank_perf", tmp_path)
+    assert results["stops"] == 1
+    assert results["stopped_s"][0] >= 0.5
+    assert results["caught_up"][0] >= 2
+    assert results["median_extra_wait_ms"] <= results["p99_extra_wait_ms"] <= results["longest_extra_wait_ms"] < 500
+    assert "longest extra wait" in printed
+
+
+def test_idle_perf_started_without_mpirun(tmp_path: Path) -> None:
+    file = tmp_path / "idle.json"
+    command = [sys.executable, str(BENCHMARKS / "idle_perf.py"), "--quick", "--ranks", "2", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(file.read_text())["results"]
+    assert [r["situation"] for r in results] == ["nothing to do", "in the middle of a step"]
+    assert all(0 < r["engine_percent"] < 50 for r in results)
+
+
+@pytest.mark.ranks(1)
+def test_a_wrong_sum_ends_the_allreduce_benchmark() -> None:
+    import numpy as np
+    from mpi4py import MPI
+
+    import allreduce_perf
+
+    contribution = np.ones(8, dtype=np.float32)
+    one = allreduce_perf.Contestant("sum", lambda: (0, 1), late=1)  # there is no rank 1: nobody waits for it
+    allreduce_perf.verify(MPI.COMM_WORLD, one, contribution, contribution, calls=1)
+    with pytest.raises(AssertionError, match=r"element 3 is 2\.0, expected 1\.0"):
+        allreduce_perf.verify(MPI.COMM_WORLD, one, contribution, np.float32([1, 1, 1, 2, 1, 1, 1, 1]), calls=1)
+    with pytest.raises(AssertionError, match=r"contributors \(0, 1\), expected \(0,\)"):
+        allreduce_perf.run_block(MPI.COMM_WORLD, one, 1, lambda: 0.0)
+
+
+@pytest.mark.ranks(1)
+def test_ideal_is_the_nth_arrival_and_what_it_still_needs() -> None:
+    from simulated_training import StepRecord
+    from step_perf import against_ideal
+
+    def record(step: int, ready: float, ended: float, contributed: bool = True) -> StepRecord:
+        return StepRecord(step, began=0.0, ready=ready, ended=ended, contributed=contributed, caught_up=0)
+
+    # The third rank is late for step 1 and, after it has caught up, does not count as the end of that update.
+    ranks = [
+        [record(0, 1.0, 2.0), record(1, 3.0, 5.0)],
+        [record(0, 1.1, 2.1), record(1, 4.0, 5.5)],
+        [record(0, 1.2, 2.2), record(1, 9.0, 9.5, contributed=False)],
+    ]
+    ((measured, ideal),) = against_ideal(ranks, required=2, last_s=0.5, steps=range(2))
+    assert measured == pytest.approx(5.5 - 2.2)
+    assert ideal == pytest.approx(4.0 - 2.2 + 0.5)
+
+
+@pytest.mark.ranks(1)
+def test_extra_wait_is_beyond_the_usual_step() -> None:
+    from simulated_training import StepRecord
+    from stopped_rank_perf import extra_waits
+
+    ends = [1.0, 2.0, 3.0, 4.0, 5.3, 6.3]
+    records = [StepRecord(i, end - (1.3 if i == 4 else 1.0), 0.0, end, True, 0) for i, end in enumerate(ends)]
+    assert extra_waits(records, stops=[(4.1, 4.2)]) == [pytest.approx(0.3)]
