@@ -243,6 +243,8 @@ void shut_down(PyEngine& self, const std::string& failure) {
 
 NB_MODULE(_core, m) {
   m.doc() = "The native core of hvd_backup.";
+  // An exception that ends the program keeps channels alive in its traceback: not worth a page of warnings.
+  nb::set_leak_warnings(false);
   const nb::object core_error = nb::exception<CoreError>(m, "CoreError", PyExc_RuntimeError);
   nb::exception<CoreUsageError>(m, "CoreUsageError", core_error.ptr());
 

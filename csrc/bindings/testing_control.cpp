@@ -34,6 +34,8 @@ constexpr const char* field_names<Arrive> =
 template <>
 constexpr const char* field_names<Withdraw> = "Withdraw channel step scope";
 template <>
+constexpr const char* field_names<Waiting> = "Waiting channel step";
+template <>
 constexpr const char* field_names<Done> = "Done channel step scope attempt";
 template <>
 constexpr const char* field_names<Sync> = "Sync channel have round";
@@ -369,12 +371,15 @@ void register_member(nb::module_& module) {
       .def("begin_round", &Member::begin_round, "length"_a, "align_every"_a = 0)
       .def("away", &Member::away)
       .def("leave", &Member::leave)
-      .def("withdraw", &Member::withdraw)
+      .def("announce_waiting", &Member::announce_waiting)
+      .def("withdraw", &Member::withdraw, "also_complete"_a = false)
       .def_prop_ro("step", &Member::step)
       .def_prop_ro("round_end", &Member::round_end)
       .def_prop_ro("round_over", &Member::round_over)
       .def_prop_ro("all_have", &Member::all_have)
       .def("contributing", &Member::contributing, "step"_a, "scope"_a, "attempt"_a)
+      .def("contributing_to_any", &Member::contributing_to_any)
+      .def("decided", &Member::decided)
       .def("counters",
            [](const Member& self) {
              const Counters& counters = self.counters();

@@ -218,6 +218,7 @@ void ChannelBook::gone(int from, const std::string& failure, TimeUs now) {
   RankState& rank = ranks_[static_cast<std::size_t>(from)];
   gone_[static_cast<std::size_t>(from)] = true;
   rank.waiting.reset();
+  rank.failure = failure;
   Record gone = record(Record::Event::gone, now);
   gone.ranks = {from};
   gone.reason = failure;
@@ -260,7 +261,8 @@ bool ChannelBook::able(int rank) const {
 Step ChannelBook::all_have() const {
   Step least = open_step_;
   for (int r = 0; r < size_; ++r) {
-    if (!gone_[static_cast<std::size_t>(r)]) least = std::min(least, ranks_[static_cast<std::size_t>(r)].applied);
+    const auto index = static_cast<std::size_t>(r);  // who has joined does not come back to this channel's steps
+    if (!gone_[index] && !ranks_[index].joined) least = std::min(least, ranks_[index].applied);
   }
   return least;
 }
@@ -354,7 +356,10 @@ bool ChannelBook::decide_what_can(TimeUs now) {
     for (int r = 0; r < size_; ++r) {
       if (arrived[static_cast<std::size_t>(r)]) continue;
       if (strict() && gone_[static_cast<std::size_t>(r)] && !slot.arrivals.empty()) {
-        fail("rank " + std::to_string(r) + " has left, and '" + name_ + "' needs all ranks", now);
+        const std::string& why = ranks_[static_cast<std::size_t>(r)].failure;
+        fail("rank " + std::to_string(r) + " has left" + (why.empty() ? "" : " (" + why + ")") + ", and '" + name_ +
+                 "' needs all ranks",
+             now);
         return false;
       }
       if (!able(r)) continue;
@@ -400,6 +405,7 @@ void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeU
   }
   decided.ranks = decision.contributors;
   out_.records.push_back(decided);
+  if (strict()) out_.met.insert(out_.met.end(), decision.contributors.begin(), decision.contributors.end());
   slot.decision = decision;
   send_decision(decision);
 }

@@ -26,6 +26,7 @@ struct Reply {
 struct Outbox {
   std::vector<Reply> replies;
   std::vector<Record> records;
+  Ranks met;  // contributors of collectives that all ranks had to enter: they are not in a full collective any more
 };
 
 class ChannelBook {
@@ -37,6 +38,8 @@ class ChannelBook {
 
   const std::string& name() const { return name_; }
   ChannelKind kind() const { return kind_; }
+  // A collective of all ranks.
+  bool strict() const { return kind_ == ChannelKind::collective && options_.required >= size_; }
 
   void open(int from, const Open& message, TimeUs now);
   void arrive(int from, const Arrive& message, TimeUs now);
@@ -69,6 +72,7 @@ class ChannelBook {
     bool away = false;
     bool paused = false;
     bool joined = false;
+    std::string failure;  // with which it has left
     bool turned_away = false;  // goes on at once, whatever the open step looks like
     Step blocked_in = -1;      // the step whose decision it waits for
     Step applied = 0;  // at least; acknowledged by asking for more
@@ -93,7 +97,6 @@ class ChannelBook {
   using SlotKey = std::pair<Step, int>;
 
   bool able(int rank) const;
-  bool strict() const { return kind_ == ChannelKind::collective && options_.required >= size_; }
   Outlook outlook_for(int rank) const;
   Step all_have() const;
   std::optional<std::string> held(TimeUs now);

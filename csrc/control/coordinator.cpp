@@ -10,7 +10,8 @@ Coordinator::Coordinator(int size, std::int32_t tag_limit)
       tag_limit_(tag_limit),
       joined_(static_cast<std::size_t>(size), false),
       paused_(static_cast<std::size_t>(size), false),
-      gone_(static_cast<std::size_t>(size), false) {}
+      gone_(static_cast<std::size_t>(size), false),
+      failures_(static_cast<std::size_t>(size)) {}
 
 ChannelBook& Coordinator::book(ChannelId id) {
   if (id >= books_.size()) throw RuntimeFailure("malformed message: unknown channel " + std::to_string(id));
@@ -31,7 +32,8 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
           open(from, body, now);
         } else if constexpr (std::is_same_v<Body, Arrive>) {
           ChannelBook& channel = book(body.channel);
-          if (channel.kind() == ChannelKind::collective && paused_[static_cast<std::size_t>(from)]) pause(from, false, now);
+          const bool is_back = channel.kind() == ChannelKind::collective && !channel.strict();
+          if (is_back && paused_[static_cast<std::size_t>(from)]) pause(from, false, now);
           channel.arrive(from, body, now);
         } else if constexpr (std::is_same_v<Body, Withdraw>) {
           book(body.channel).withdraw(from, body, now);
@@ -59,6 +61,16 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
         }
       },
       message);
+  release_met(now);
+}
+
+// A full collective that all have entered: they will be back, so whoever comes first does not go on without the others.
+void Coordinator::release_met(TimeUs now) {
+  while (!out_.met.empty()) {
+    for (int rank : std::exchange(out_.met, {})) {
+      if (paused_[static_cast<std::size_t>(rank)]) pause(rank, false, now);
+    }
+  }
 }
 
 void Coordinator::open(int from, const Open& message, TimeUs now) {
@@ -69,7 +81,7 @@ void Coordinator::open(int from, const Open& message, TimeUs now) {
     ChannelBook& created = *books_.back();
     for (int r = 0; r < size_; ++r) {
       const auto index = static_cast<std::size_t>(r);
-      if (gone_[index]) created.gone(r, "", now);
+      if (gone_[index]) created.gone(r, failures_[index], now);
       if (created.kind() != ChannelKind::collective) continue;
       if (joined_[index]) created.set_joined(r, true, now);
       if (paused_[index]) created.set_paused(r, true, now);
@@ -146,6 +158,7 @@ void Coordinator::release_joined(TimeUs now) {
 void Coordinator::exit(int from, const Exit& message, TimeUs now) {
   if (gone_[static_cast<std::size_t>(from)]) return;
   gone_[static_cast<std::size_t>(from)] = true;
+  failures_[static_cast<std::size_t>(from)] = message.failure;
   for (auto& channel : books_) channel->gone(from, message.failure, now);
   release_joined(now);
   if (std::all_of(gone_.begin(), gone_.end(), [](bool gone) { return gone; })) {
@@ -157,6 +170,7 @@ void Coordinator::tick(TimeUs now) {
   for (auto& channel : books_) {
     if (channel->next_deadline() && *channel->next_deadline() <= now) channel->tick(now);
   }
+  release_met(now);
 }
 
 std::optional<TimeUs> Coordinator::next_deadline() const {

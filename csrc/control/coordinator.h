@@ -39,6 +39,7 @@ class Coordinator {
   void pause(int from, bool paused, TimeUs now);
   void join(int from, TimeUs now);
   void release_joined(TimeUs now);
+  void release_met(TimeUs now);
   void exit(int from, const Exit& message, TimeUs now);
 
   const int size_;
@@ -47,6 +48,7 @@ class Coordinator {
   std::vector<std::unique_ptr<ChannelBook>> books_;  // by ChannelId
   std::map<std::string, ChannelId> ids_;
   std::vector<bool> joined_, paused_, gone_;
+  std::vector<std::string> failures_;  // with which ranks have left
   int last_joined_ = 0;
   Outbox out_;
 };

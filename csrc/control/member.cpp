@@ -99,6 +99,12 @@ bool Member::next() {
   return false;
 }
 
+bool Member::decided() const {
+  return begun_ && std::all_of(scopes_.begin(), scopes_.end(), [](const Scope& own) {
+           return own.phase == Phase::contributing || own.phase == Phase::done;
+         });
+}
+
 Update Member::own_update() const {
   Update update{Update::Kind::update, applied_, {}, true, 0, {}};
   for (const Scope& own : scopes_) update.contributors.push_back(own.decision.contributors);
@@ -182,14 +188,20 @@ void Member::announce_waiting() {
   messages_.push_back(Waiting{id_, applied_});
 }
 
-void Member::withdraw() {
+void Member::withdraw(bool also_complete) {
   if (!begun_) return;
   for (std::size_t s = 0; s < scopes_.size(); ++s) {
     Scope& own = scopes_[s];
-    if (own.missing == 0 || (own.phase != Phase::arrived && own.phase != Phase::contributing)) continue;
+    const bool incomplete =
+        own.missing > 0 && (own.phase == Phase::arrived || own.phase == Phase::contributing);
+    if (!incomplete && !(also_complete && own.phase == Phase::arrived)) continue;
     own.phase = Phase::late;
     messages_.push_back(Withdraw{id_, applied_, static_cast<std::int32_t>(s)});
   }
+}
+
+bool Member::contributing_to_any() const {
+  return std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& own) { return own.phase == Phase::contributing; });
 }
 
 bool Member::contributing(Step step, int scope_index, int attempt) const {

@@ -54,7 +54,9 @@ class Member {
   void away();
   void leave();
   void announce_waiting();  // the training thread waits for a decision
-  void withdraw();  // what has arrived and will never be complete
+  // Takes back what has arrived and will never be complete; also what is complete and not decided, if so wanted.
+  void withdraw(bool also_complete);
+  bool contributing_to_any() const;
 
   Step step() const { return applied_; }
   std::optional<Step> round_end() const;
@@ -62,6 +64,7 @@ class Member {
   const Counters& counters() const { return counters_; }
   Step all_have() const { return outlook_.all_have; }
   bool contributing(Step step, int scope, int attempt) const;
+  bool decided() const;  // the step that has begun is decided with this rank in every scope
 
   // --- messages of the coordinator ---
   void receive(const Decision& message);

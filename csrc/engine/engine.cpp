@@ -67,6 +67,16 @@ void Engine::mark_dirty(Channel& channel) {
   channel.dirty = true;
 }
 
+// To the coordinator, after everything that this rank's channels have said before.
+void Engine::say(Message message) {
+  for (auto& channel : channels_) {
+    if (!channel->opened) continue;
+    for (Message& earlier : channel->member.take_messages()) outgoing_.push_back(std::move(earlier));
+  }
+  outgoing_.push_back(std::move(message));
+  wake();
+}
+
 void Engine::wake() {
   woken_ = true;
   wake_up_.notify_one();
@@ -142,7 +152,8 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
   std::unique_lock lock(mutex_);
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(timeout_us);
   while (true) {
-    check_usable(&channel);
+    // What is decided is completed and handed out, though the channel has failed since: others have it already.
+    check_usable(channel.member.decided() ? nullptr : &channel);
     if (channel.member.next()) {
       if (update) *update = channel.member.take();
       return true;
@@ -188,25 +199,25 @@ Engine::View Engine::view(Channel& channel) {
 bool Engine::close(Channel& channel, TimeUs timeout_us) {
   std::unique_lock lock(mutex_);
   if (ended_ || !failure_.empty()) return true;
-  withdraw(channel);
+  withdraw(channel, true);
   wake();
-  return channel.changed.wait_for(lock, std::chrono::microseconds(timeout_us),
-                                  [&] { return channel.running == 0 || ended_ || !failure_.empty(); });
+  return channel.changed.wait_for(lock, std::chrono::microseconds(timeout_us), [&] {
+    const bool in_use = channel.running > 0 || channel.member.contributing_to_any();
+    return !in_use || !channel.failure.empty() || ended_ || !failure_.empty();
+  });
 }
 
 void Engine::pause() {
   const std::scoped_lock lock(mutex_);
   check_usable(nullptr);
-  outgoing_.push_back(Pause{});
-  wake();
+  say(Pause{});
 }
 
 void Engine::join() {
   const std::scoped_lock lock(mutex_);
   check_usable(nullptr);
   joined_.reset();
-  outgoing_.push_back(Join{});
-  wake();
+  say(Join{});
 }
 
 bool Engine::joined(TimeUs timeout_us, int* last_rank) {
@@ -223,14 +234,13 @@ void Engine::leave_for_good(const std::string& failure) {
   const std::scoped_lock lock(mutex_);
   if (leaving_) return;
   leaving_ = true;
-  for (auto& channel : channels_) withdraw(*channel);
-  outgoing_.push_back(Exit{failure});
-  wake();
+  for (auto& channel : channels_) withdraw(*channel, false);
+  say(Exit{failure});
 }
 
 // Gives up what this rank has begun to contribute and will not complete; the others go on without it.
-void Engine::withdraw(Channel& channel) {
-  channel.member.withdraw();
+void Engine::withdraw(Channel& channel, bool also_complete) {
+  channel.member.withdraw(also_complete);
   for (auto& [scope, reduction] : channel.reductions) {
     if (reduction.left > 0 && !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) {
       retire(channel, reduction);
@@ -403,11 +413,11 @@ void Engine::serve(int from, const Pull& pull) {
 Engine::Work Engine::collect(TimeUs now) {
   Work work;
   const std::scoped_lock lock(mutex_);
+  for (Message& message : std::exchange(outgoing_, {})) work.messages.push_back({0, std::move(message)});
   for (Channel* channel : std::exchange(dirty_, {})) {
     channel->dirty = false;
     collect(*channel, work);
   }
-  for (Message& message : std::exchange(outgoing_, {})) work.messages.push_back({0, std::move(message)});
   if (coordinator_) {
     if (const auto deadline = coordinator_->next_deadline(); deadline && *deadline <= now) coordinator_->tick(now);
     for (Reply& reply : coordinator_->take_replies()) work.messages.push_back(std::move(reply));

@@ -103,7 +103,7 @@ class Engine {
 
   void run();
   bool turn();
-  void withdraw(Channel& channel);
+  void withdraw(Channel& channel, bool also_complete);
   void receive(int from, const Message& message, TimeUs now);
   void serve(int from, const Pull& pull);
   Work collect(TimeUs now);
@@ -122,6 +122,7 @@ class Engine {
 
   void check_usable(const Channel* channel) const;
   void mark_dirty(Channel& channel);
+  void say(Message message);
   void wake();
 
   StagingPool staging_;                // outlives the transport, whose transfers may use its memory
