@@ -86,6 +86,7 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   rank.round = std::max(rank.round, message.round);
   rank.away = false;
   rank.paused = false;
+  rank.arrived = message.step;
   scopes_ = message.scopes;
   buckets_ = message.buckets;
   if (rounds_.is_over(message.round)) {
@@ -176,6 +177,10 @@ void ChannelBook::sync(int from, const Sync& message, TimeUs now) {
   rank.reached = std::max(rank.reached, message.have);
   rank.round = std::max(rank.round, message.round);
   rank.waiting = message;
+  if (!rank.away && !rounds_.is_over(message.round) && message.have > rounds_.start() && is_meeting(message.have) &&
+      rank.arrived < message.have) {
+    rank.meets = true;
+  }
   settle(now);
 }
 
@@ -191,6 +196,7 @@ void ChannelBook::begin_round(int from, const BeginRound& message, TimeUs now) {
     return;
   }
   rank.away = false;
+  rank.meets = message.align_every > 0;
   rounds_.begin(from, message.length, message.align_every);
   settle(now);
 }
@@ -198,6 +204,7 @@ void ChannelBook::begin_round(int from, const BeginRound& message, TimeUs now) {
 void ChannelBook::away(int from, const Away& message, TimeUs now) {
   if (rounds_.is_over(message.round)) return;
   ranks_[static_cast<std::size_t>(from)].away = true;
+  ranks_[static_cast<std::size_t>(from)].meets = false;
   settle(now);
 }
 
@@ -273,11 +280,21 @@ Outlook ChannelBook::outlook_for(int rank) const {
   return {end, all_have()};
 }
 
-// All ranks are to meet at the open step (align_every), and not all are there.
-bool ChannelBook::meeting_pending() const {
+// Ranks with align_every meet at its multiples, and begin the round together: one that began later would reach the first
+// meeting before it has entered its loop.
+bool ChannelBook::is_meeting(Step step) const {
   const std::int64_t every = rounds_.align_every();
-  return rounds_.followed() && every > 0 && open_step_ > rounds_.start() && open_step_ % every == 0 &&
-         all_have() < open_step_;
+  return rounds_.followed() && every > 0 && (step == rounds_.start() || step % every == 0);
+}
+
+// All ranks are to meet at the open step, and not all are there.
+bool ChannelBook::meeting_pending() const {
+  if (!is_meeting(open_step_)) return false;
+  if (all_have() < open_step_) return true;
+  for (int r = 0; r < size_; ++r) {
+    if (!gone_[static_cast<std::size_t>(r)] && !rounds_.has_begun(r)) return true;
+  }
+  return false;
 }
 
 // Why the open step may not be decided yet although enough have arrived; empty: it may.
@@ -498,6 +515,10 @@ void ChannelBook::answer(int to, TimeUs now) {
   if (!failure_.empty()) {
     rank.waiting.reset();
     out_.replies.push_back({to, Failed{name_, failure_}});
+    return;
+  }
+  if (std::exchange(rank.meets, false)) {  // also when the others have gone on meanwhile
+    reply(Resume{});
     return;
   }
   Step limit = std::numeric_limits<Step>::max();

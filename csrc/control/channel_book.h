@@ -77,6 +77,8 @@ class ChannelBook {
     Step blocked_in = -1;      // the step whose decision it waits for
     Step applied = 0;  // at least; acknowledged by asking for more
     Step reached = 0;  // at least; it has the results of all steps before
+    Step arrived = -1;  // the last step that it has arrived at
+    bool meets = false;  // its program is to see this very step, where all meet
     int round = 0;
     int misses = 0;  // in a row
     TimeUs saved_us = 0;                  // towards a wait for its re-entry
@@ -100,6 +102,7 @@ class ChannelBook {
   Outlook outlook_for(int rank) const;
   Step all_have() const;
   std::optional<std::string> held(TimeUs now);
+  bool is_meeting(Step step) const;
   bool meeting_pending() const;
   void settle(TimeUs now);
   bool decide_what_can(TimeUs now);

@@ -17,7 +17,7 @@ namespace hvd_backup {
 
 class Rounds {
  public:
-  explicit Rounds(int size) : lengths_(static_cast<std::size_t>(size)) {}
+  explicit Rounds(int size) : lengths_(static_cast<std::size_t>(size)), begun_(static_cast<std::size_t>(size), false) {}
 
   int current() const { return static_cast<int>(ends_.size()); }
   Step start() const { return ends_.empty() ? 0 : ends_.back(); }  // of the current round
@@ -29,9 +29,12 @@ class Rounds {
   // `rank` follows the current round with `length` steps (-1: unknown).
   void begin(int rank, std::int64_t length, std::int64_t align_every) {
     lengths_[static_cast<std::size_t>(rank)] = length;
+    begun_[static_cast<std::size_t>(rank)] = true;
     followed_ = true;
     align_every_ = align_every;
   }
+
+  bool has_begun(int rank) const { return begun_[static_cast<std::size_t>(rank)]; }  // the current round
 
   // The step at which the current round ends, as far as lengths tell. A rank that has not begun this round yet counts with its
   // length in the one before; before the first one, nothing is known until all have begun. `gone` ranks don't count.
@@ -53,12 +56,14 @@ class Rounds {
   void close(Step end) {
     ends_.push_back(end);
     followed_ = false;
+    begun_.assign(begun_.size(), false);
     fixed_end_.reset();
   }
 
  private:
   std::vector<Step> ends_;                             // of the rounds that are over
   std::vector<std::optional<std::int64_t>> lengths_;  // last given by each rank
+  std::vector<bool> begun_;                            // this round, by rank
   bool followed_ = false;
   std::int64_t align_every_ = 0;
   std::optional<Step> fixed_end_;
