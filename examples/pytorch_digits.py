@@ -62,7 +62,7 @@ def test_accuracy(model: torch.nn.Module, loader: DataLoader) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=32, help="of each rank")
+    parser.add_argument("--batch-size", type=int, default=16, help="of each rank")
     parser.add_argument(
         "--lr", type=float, default=0.02, help="for one rank; it is scaled by the number of contributors"
     )

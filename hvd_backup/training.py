@@ -7,7 +7,6 @@ optimizers of hvd_backup.torch and hvd_backup.tensorflow own one Training each. 
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
 import weakref
@@ -22,8 +21,18 @@ __all__ = ["Training", "end_rounds"]
 
 POLL_S = 0.0005
 
-_numbers: weakref.WeakKeyDictionary[Context, itertools.count[int]] = weakref.WeakKeyDictionary()
 _warned_about_leftovers = False
+
+
+class _Program:
+    """The optimizers of one init()."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.alive: weakref.WeakSet[Training] = weakref.WeakSet()
+
+
+_programs: weakref.WeakKeyDictionary[Context, _Program] = weakref.WeakKeyDictionary()
 
 
 class Training(UpdateStream):
@@ -37,8 +46,10 @@ class Training(UpdateStream):
     """
 
     def __init__(self, place: Context, policy: Policy, framework: Framework) -> None:
-        number = next(_numbers.setdefault(place, itertools.count()))
-        super().__init__(f"optimizer.{number}", place, policy, framework)
+        self._program = _programs.setdefault(place, _Program())
+        super().__init__(f"optimizer.{self._program.made}", place, policy, framework)
+        self._program.made += 1
+        self._program.alive.add(self)
         self._following = False
         self._abandoned = False  # a followed round whose loop was left early, and that is not over yet
         self._round_to_begin: tuple[int, int] | None = None  # as soon as the channel is open: length, align_every
@@ -172,6 +183,13 @@ class Training(UpdateStream):
         """See UpdateStream."""
         super().complete()
         self._plain_steps = self._plain_steps or not self._following
+
+    def _is_alone(self) -> bool:
+        return not any(
+            other.channel is not None and (other._following or other._plain_steps)
+            for other in self._program.alive
+            if other is not self
+        )
 
     def _dropped_after_end(self) -> None:
         if not self._following:

@@ -86,7 +86,10 @@ class UpdateStream:
     # --- opening ---
 
     def open(self, description: Sequence[str], proposal: bytes, update_bytes: int) -> bytes:
-        """Opens the channel, together with all ranks; returns the proposal that all of them use.
+        """Opens the channel; returns the proposal that all ranks use.
+
+        Waits for all ranks, so that differences are found before the first step, unless another optimizer is at work:
+        a rank that was late there may be one step from coming here, which it can take only when the others go on.
 
         Args:
             description: lines that must be equal on all ranks, besides policy and metrics.
@@ -108,7 +111,7 @@ class UpdateStream:
             max_misses=self.policy.max_misses,
             max_lag=self.policy.lag_bound(update_bytes),
             arrive=self.policy.arrive,
-            wait_for_all=True,
+            wait_for_all=self._is_alone(),
         )
         return self.channel.proposal
 
@@ -248,6 +251,10 @@ class UpdateStream:
         return update.kind
 
     # --- inside ---
+
+    def _is_alone(self) -> bool:
+        """No other optimizer of this program is at work."""
+        return True
 
     def _dropped_after_end(self) -> None:
         """The gradient was dropped because its round was over."""

@@ -1,7 +1,7 @@
 """The engine end to end, ranks as threads on the in-process transport: real messages, transfers, journals and clocks.
 
-Rank r contributes 2^r, so a result names its contributors. Waiting is by events, never by luck: a rank that must be late
-waits until the others have gone by.
+Rank r contributes 2^r, so a result names its contributors. Waiting is by events, never by luck: a rank that must be
+late waits until the others have gone by.
 """
 
 import json
@@ -54,7 +54,9 @@ class Stream:
                 return
             scopes = update.contributors if len(update.contributors) > 1 else update.contributors * len(self.mine)
             for result, ranks in zip(self.results, scopes, strict=True):
-                np.testing.assert_array_equal(result, np.float32(sum(2.0**r for r in ranks)) * np.float32(1 / len(ranks)))
+                np.testing.assert_array_equal(
+                    result, np.float32(sum(2.0**r for r in ranks)) * np.float32(1 / len(ranks))
+                )
             assert update.metadata == b"from %d" % update.contributors[0][0]
             assert update.samples == len(update.contributors[0])
             self.applied.append((update.step, tuple(tuple(ranks) for ranks in update.contributors)))

@@ -266,8 +266,8 @@ const void* hvdb_update_metadata(const hvdb_update* update, size_t* size) {
 
 void hvdb_update_destroy(hvdb_update* update) { delete update; }
 
-hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const void* const* source, const double* weights,
-                              double scale, uint64_t count) {
+hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const void* const* source,
+                              const double* weights, double scale, uint64_t count) {
   return guarded([&] {
     const auto k = static_cast<std::size_t>(sources);
     weighted_sum(data_type(dtype), destination, std::span(source, k), std::span(weights, k), scale, count);

@@ -1,12 +1,13 @@
 /* The C API of the core, the only public header. Bindings of any language and framework stand on it.
  *
- * Every function returns HVDB_OK or another status, and leaves the reason in hvdb_last_error(), which belongs to the calling
- * thread. Handles are opaque. Functions that wait take a timeout in microseconds and return HVDB_TIMEOUT when it has passed:
- * call again (a binding looks for Ctrl-C in between). Strings are UTF-8 and end with 0; blobs have a length.
+ * Every function returns HVDB_OK or another status, and leaves the reason in hvdb_last_error(), which belongs to the
+ * calling thread. Handles are opaque. Functions that wait take a timeout in microseconds and return HVDB_TIMEOUT when
+ * it has passed: call again (a binding looks for Ctrl-C in between). Strings are UTF-8 and end with 0; blobs have a
+ * length.
  *
- * Threads: an engine may be called from any thread; one channel by one thread at a time.
- * Buffers: the caller's. A contribution stays unchanged, and contribution and result stay alive, from hvdb_submit() until
- * hvdb_wait() has returned the outcome of that step, or hvdb_close() or hvdb_shut_down() has returned HVDB_OK.
+ * Threads: an engine may be called from any thread; one channel by one thread at a time. Buffers: the caller's. A
+ * contribution stays unchanged, and contribution and result stay alive, from hvdb_submit() until hvdb_wait() has
+ * returned the outcome of that step, or hvdb_close() or hvdb_shut_down() has returned HVDB_OK.
  */
 #ifndef HVD_BACKUP_H
 #define HVD_BACKUP_H
@@ -48,8 +49,9 @@ const char* hvdb_last_error(void);
 hvdb_status hvdb_hub_create(int size, hvdb_hub** hub);
 void hvdb_hub_destroy(hvdb_hub* hub);
 
-/* mpi_comm: address of an MPI_Comm; it is duplicated (collective over it), never used. MPI must have been initialised with
- * MPI_THREAD_MULTIPLE; shut the engine down before MPI_Finalize. trace: file for the decisions, as JSON lines (rank 0); NULL or "": none. */
+/* mpi_comm: address of an MPI_Comm; it is duplicated (collective over it), never used. MPI must have been initialised
+ * with MPI_THREAD_MULTIPLE; shut the engine down before MPI_Finalize. trace: file for the decisions, as JSON lines
+ * (rank 0); NULL or "": none. */
 hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const char* trace, hvdb_engine** engine);
 hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const char* trace, hvdb_engine** engine);
 /* Ends the thread at once if it runs. The channels of the engine die with it. */
@@ -57,8 +59,8 @@ void hvdb_engine_destroy(hvdb_engine* engine);
 int hvdb_rank(const hvdb_engine* engine);
 int hvdb_size(const hvdb_engine* engine);
 
-/* This rank enters a full collective: until its next submission, it is not counted on by collective channels that need fewer
- * than all ranks. */
+/* This rank enters a full collective: until its next submission, it is not counted on by collective channels that need
+ * fewer than all ranks. */
 hvdb_status hvdb_pause(hvdb_engine* engine);
 /* Contributes nothing more until all ranks have joined; then hvdb_joined gives the last to join. */
 hvdb_status hvdb_join(hvdb_engine* engine);
@@ -129,8 +131,8 @@ void hvdb_update_destroy(hvdb_update* update);
 
 /* --- for checks and tests --- */
 
-hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const void* const* source, const double* weights,
-                              double scale, uint64_t count);
+hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const void* const* source,
+                              const double* weights, double scale, uint64_t count);
 const char* hvdb_kernel_instruction_set(void);
 const char* hvdb_mpi_library_version(void);
 const char* hvdb_mpi_built_with(void);

@@ -1,6 +1,6 @@
-// How small messages become bytes and back. A message lists its fields once, in `fields(archive)`; Writer and Reader walk
-// the same list. Ranks of one job run the same build on the same kind of machine, so numbers travel as they lie in memory.
-// A Reader never reads past the end: a message that is too short, or has bytes left over, is a RuntimeFailure.
+// How small messages become bytes and back. A message lists its fields once, in `fields(archive)`; Writer and Reader
+// walk the same list. Ranks of one job run the same build on the same kind of machine, so numbers travel as they lie in
+// memory. A Reader never reads past the end: a message that is too short, or has bytes left over, is a RuntimeFailure.
 #pragma once
 
 #include <cstddef>

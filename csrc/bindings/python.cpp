@@ -1,5 +1,5 @@
-// The Python face of the C API (nanobind). Thin: status codes become exceptions, waits release the GIL and answer Ctrl-C, and
-// buffers go over as addresses. Documented in hvd_backup/_core.pyi.
+// The Python face of the C API (nanobind). Thin: status codes become exceptions, waits release the GIL and answer
+// Ctrl-C, and buffers go over as addresses. Documented in hvd_backup/_core.pyi.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -60,7 +60,8 @@ int dtype_of(const std::string& name) {
   for (const auto& [known, value] : dtypes) {
     if (name == known) return value;
   }
-  throw CoreUsageError("dtype '" + name + "' is not supported: use float16, bfloat16, float32, float64, int32 or int64");
+  throw CoreUsageError("dtype '" + name +
+                       "' is not supported: use float16, bfloat16, float32, float64, int32 or int64");
 }
 
 template <class T>
@@ -279,23 +280,26 @@ NB_MODULE(_core, m) {
                      return end < 0 ? std::nullopt : std::optional(end);
                    })
       .def_prop_ro("round_over", [](const PyChannel& self) { return self.view().round_over != 0; })
-      .def("begin",
-           [](PyChannel& self, double samples, const nb::bytes& metadata) {
-             check(hvdb_begin(self.channel, samples, metadata.c_str(), metadata.size()));
-           },
-           nb::arg("samples"), nb::arg("metadata"))
-      .def("submit",
-           [](PyChannel& self, int bucket, std::uintptr_t contribution, std::uintptr_t result) {
-             check(hvdb_submit(self.channel, bucket, pointer<const void>(contribution), pointer<void>(result)));
-           },
-           nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"))
+      .def(
+          "begin",
+          [](PyChannel& self, double samples, const nb::bytes& metadata) {
+            check(hvdb_begin(self.channel, samples, metadata.c_str(), metadata.size()));
+          },
+          nb::arg("samples"), nb::arg("metadata"))
+      .def(
+          "submit",
+          [](PyChannel& self, int bucket, std::uintptr_t contribution, std::uintptr_t result) {
+            check(hvdb_submit(self.channel, bucket, pointer<const void>(contribution), pointer<void>(result)));
+          },
+          nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"))
       .def("wait", &wait)
       .def("poll", &poll)
-      .def("begin_round",
-           [](PyChannel& self, int64_t length, int64_t align_every) {
-             check(hvdb_begin_round(self.channel, length, align_every));
-           },
-           nb::arg("length"), nb::arg("align_every"))
+      .def(
+          "begin_round",
+          [](PyChannel& self, int64_t length, int64_t align_every) {
+            check(hvdb_begin_round(self.channel, length, align_every));
+          },
+          nb::arg("length"), nb::arg("align_every"))
       .def("away", [](PyChannel& self) { check(hvdb_away(self.channel)); })
       .def("leave", [](PyChannel& self) { check(hvdb_leave(self.channel)); })
       .def("counters",

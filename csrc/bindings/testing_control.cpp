@@ -1,6 +1,7 @@
-// The control layer for tests: the coordinator, a member and the policies, each by itself, without an engine. Messages come
-// out as the bytes that travel, so that a simulated network carries exactly what a real one does. `describe` and `compose`
-// turn them into dicts and back; both walk the messages' own lists of fields, and only the names are written down here.
+// The control layer for tests: the coordinator, a member and the policies, each by itself, without an engine. Messages
+// come out as the bytes that travel, so that a simulated network carries exactly what a real one does. `describe` and
+// `compose` turn them into dicts and back; both walk the messages' own lists of fields, and only the names are written
+// down here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>

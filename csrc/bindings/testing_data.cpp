@@ -1,5 +1,5 @@
-// The data plane for tests: kernels, transports and the collective by themselves, without an engine. Buffers are given by
-// address, so that a test decides about alignment, overlap and kind of memory.
+// The data plane for tests: kernels, transports and the collective by themselves, without an engine. Buffers are given
+// by address, so that a test decides about alignment, overlap and kind of memory.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/pair.h>
@@ -171,7 +171,9 @@ void register_data_plane(nb::module_& module) {
           "hub"_a, "rank"_a)
       .def_static(
           "over_mpi",
-          [](Address comm, std::size_t piece_bytes) { return endpoint(make_mpi_transport(pointer(comm), piece_bytes)); },
+          [](Address comm, std::size_t piece_bytes) {
+            return endpoint(make_mpi_transport(pointer(comm), piece_bytes));
+          },
           "comm"_a, "piece_bytes"_a = mpi_piece_bytes)
       .def("close", [](Endpoint& self) { self.transport.reset(); })
       .def_prop_ro("rank", [](Endpoint& self) { return self.open().rank(); })

@@ -1,8 +1,8 @@
 // Sum over a given set of ranks: the direct reduce-scatter and allgather, and the one-exchange variant for small sizes.
 //
 // With k members and M bytes:
-//   direct        the buffer is cut into k shards (partition.h). Member i sends shard j of its contribution to member j;
-//                 each sums its own shard over all members in rank order, scales it, and sends it to the others.
+//   direct        the buffer is cut into k shards (partition.h). Member i sends shard j of its contribution to member
+//                 j; each sums its own shard over all members in rank order, scales it, and sends it to the others.
 //                 2 latencies, 2 M (k-1)/k bytes sent by each member: the lower bound of allreduce.
 //                 Shards travel in segments (segments.h), so that a segment is summed and sent on while the next one
 //                 arrives, and what has arrived is still in the cache when it is summed.
@@ -10,7 +10,8 @@
 //                 1 latency, M (k-1) bytes: while that is at most small_bytes.
 // Rejected: rings and trees. k-1 or log k latencies, and the order of summation depends on who takes part.
 //
-// Both give the same bits on every member. The contribution is only read, the result only written: they must not overlap.
+// Both give the same bits on every member. The contribution is only read, the result only written: they must not
+// overlap.
 #pragma once
 
 #include <cstddef>

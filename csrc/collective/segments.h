@@ -1,5 +1,5 @@
-// How the direct algorithm cuts its shards into segments, which is how large the memory for arriving data gets. Pure, and
-// the same on every member: nobody tells anybody.
+// How the direct algorithm cuts its shards into segments, which is how large the memory for arriving data gets. Pure,
+// and the same on every member: nobody tells anybody.
 #pragma once
 
 #include <algorithm>

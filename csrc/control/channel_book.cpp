@@ -57,8 +57,8 @@ void ChannelBook::open(int from, const Open& message, TimeUs now) {
     return;
   }
   if (message.kind != kind_ || message.description != description_) {
-    fail("rank " + std::to_string(from) + " and rank " + std::to_string(first_rank_) + " differ in '" + name_ + "': " +
-             first_difference(message.description, description_) +
+    fail("rank " + std::to_string(from) + " and rank " + std::to_string(first_rank_) + " differ in '" + name_ +
+             "': " + first_difference(message.description, description_) +
              ". All ranks must give the same tensors (names, shapes, dtypes, order) and the same options",
          now);
     return;
@@ -68,7 +68,9 @@ void ChannelBook::open(int from, const Open& message, TimeUs now) {
     opened(from);
     return;
   }
-  const auto there = [&](int r) { return gone_[static_cast<std::size_t>(r)] || ranks_[static_cast<std::size_t>(r)].opened; };
+  const auto there = [&](int r) {
+    return gone_[static_cast<std::size_t>(r)] || ranks_[static_cast<std::size_t>(r)].opened;
+  };
   for (int r = 0; r < size_; ++r) {
     if (!there(r)) return;
   }
@@ -189,9 +191,9 @@ void ChannelBook::begin_round(int from, const BeginRound& message, TimeUs now) {
   rank.round = std::max(rank.round, message.round);
   if (rounds_.is_over(message.round)) return;  // it is late for the whole round, and learns so from its Sync
   if (rounds_.followed() && rounds_.align_every() != message.align_every) {
-    fail("rank " + std::to_string(from) + " follows '" + name_ + "' with align_every=" +
-             std::to_string(message.align_every) + ", another rank with " + std::to_string(rounds_.align_every()) +
-             ": give the same on all ranks",
+    fail("rank " + std::to_string(from) + " follows '" + name_ +
+             "' with align_every=" + std::to_string(message.align_every) + ", another rank with " +
+             std::to_string(rounds_.align_every()) + ": give the same on all ranks",
          now);
     return;
   }
@@ -280,8 +282,8 @@ Outlook ChannelBook::outlook_for(int rank) const {
   return {end, all_have()};
 }
 
-// Ranks with align_every meet at its multiples, and begin the round together: one that began later would reach the first
-// meeting before it has entered its loop.
+// Ranks with align_every meet at its multiples, and begin the round together: one that began later would reach the
+// first meeting before it has entered its loop.
 bool ChannelBook::is_meeting(Step step) const {
   const std::int64_t every = rounds_.align_every();
   return rounds_.followed() && every > 0 && (step == rounds_.start() || step % every == 0);

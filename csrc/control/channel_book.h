@@ -1,5 +1,5 @@
-// The coordinator's book of one channel: who has arrived, what was decided, who is where. Pure: messages and time come in,
-// messages and records go out. The Coordinator owns one for each channel and routes to it.
+// The coordinator's book of one channel: who has arrived, what was decided, who is where. Pure: messages and time
+// come in, messages and records go out. The Coordinator owns one for each channel and routes to it.
 #pragma once
 
 #include <deque>
@@ -56,8 +56,9 @@ class ChannelBook {
   void set_paused(int rank, bool paused, TimeUs now);
   void set_joined(int rank, bool joined, TimeUs now);
 
-  // For Coordinator::untangle. Who waits for the decision of the open step, and does nothing else meanwhile; whether a rank's
-  // gradient for it is here; and: a rank's gradient for it is dropped, so that the rank goes on to something else.
+  // For Coordinator::untangle. Who waits for the decision of the open step, and does nothing else meanwhile; whether
+  // a rank's gradient for it is here; and: a rank's gradient for it is dropped, so that the rank goes on to something
+  // else.
   Ranks blocked() const;
   bool has_arrived(int rank) const;
   void turn_away(int rank, TimeUs now);
@@ -72,18 +73,18 @@ class ChannelBook {
     bool away = false;
     bool paused = false;
     bool joined = false;
-    std::string failure;  // with which it has left
+    std::string failure;       // with which it has left
     bool turned_away = false;  // goes on at once, whatever the open step looks like
     Step blocked_in = -1;      // the step whose decision it waits for
-    Step applied = 0;  // at least; acknowledged by asking for more
-    Step reached = 0;  // at least; it has the results of all steps before
-    Step arrived = -1;  // the last step that it has arrived at
-    bool meets = false;  // its program is to see this very step, where all meet
+    Step applied = 0;          // at least; acknowledged by asking for more
+    Step reached = 0;          // at least; it has the results of all steps before
+    Step arrived = -1;         // the last step that it has arrived at
+    bool meets = false;        // its program is to see this very step, where all meet
     int round = 0;
-    int misses = 0;  // in a row
-    TimeUs saved_us = 0;                  // towards a wait for its re-entry
-    std::optional<TimeUs> handicap_us;    // it was told to start on the open step so long after the others
-    std::optional<Sync> waiting;  // a Sync that has no answer yet
+    int misses = 0;                     // in a row
+    TimeUs saved_us = 0;                // towards a wait for its re-entry
+    std::optional<TimeUs> handicap_us;  // it was told to start on the open step so long after the others
+    std::optional<Sync> waiting;        // a Sync that has no answer yet
   };
   struct Arrival {
     int rank = 0;

@@ -64,7 +64,8 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
   release_met(now);
 }
 
-// A full collective that all have entered: they will be back, so whoever comes first does not go on without the others.
+// A full collective that all have entered: they will be back, so whoever comes first does not go on without the
+// others.
 void Coordinator::release_met(TimeUs now) {
   while (!out_.met.empty()) {
     for (int rank : std::exchange(out_.met, {})) {
@@ -90,10 +91,10 @@ void Coordinator::open(int from, const Open& message, TimeUs now) {
   book(entry->second).open(from, message, now);
 }
 
-// With two optimizers, a rank that was late comes back out of phase: it waits in the second one's step while the others
-// wait in the first one's, and enough of them would wait for each other for ever. All ranks run the same program, so when some
-// are blocked in one channel and some in another, without a gradient in the first, the fewer are out of phase: their
-// gradients are dropped, and they go on to where the others are.
+// With two optimizers, a rank that was late comes back out of phase: it waits in the second one's step while the
+// others wait in the first one's, and enough of them would wait for each other for ever. All ranks run the same
+// program, so when some are blocked in one channel and some in another, without a gradient in the first, the fewer
+// are out of phase: their gradients are dropped, and they go on to where the others are.
 void Coordinator::untangle(TimeUs now) {
   ChannelBook* most = nullptr;
   std::vector<std::pair<ChannelBook*, Ranks>> blocked;

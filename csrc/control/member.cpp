@@ -21,7 +21,8 @@ void Member::set_layout(const std::vector<int>& scope_of_bucket) {
 
 void Member::begin(double samples, std::string metadata) {
   if (scope_of_bucket_.empty()) throw UsageError("begin() before set_layout()");
-  if (begun_) throw UsageError("begin() for step " + std::to_string(applied_) + " was called before: call wait() first");
+  if (begun_)
+    throw UsageError("begin() for step " + std::to_string(applied_) + " was called before: call wait() first");
   if (ready_) throw UsageError("begin() while an update is ready: take it with wait() first");
   if (!(samples > 0)) throw UsageError("samples must be above 0, given " + std::to_string(samples));
   begun_ = true;
@@ -137,7 +138,8 @@ void Member::fetched(Step step) {
   fetching_.reset();
   PastUpdate past = std::move(pages_.front());
   pages_.pop_front();
-  ready_ = Update{Update::Kind::update, past.step, std::move(past.contributors), false, past.samples, std::move(past.metadata)};
+  ready_ = Update{Update::Kind::update,    past.step, std::move(past.contributors), false, past.samples,
+                  std::move(past.metadata)};
 }
 
 Update Member::take() {
@@ -182,7 +184,8 @@ void Member::leave() {
 }
 
 void Member::announce_waiting() {
-  const bool undecided = std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& s) { return s.phase == Phase::arrived; });
+  const bool undecided =
+      std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& s) { return s.phase == Phase::arrived; });
   if (!begun_ || waiting_announced_ || !undecided) return;
   waiting_announced_ = true;
   messages_.push_back(Waiting{id_, applied_});
@@ -192,8 +195,7 @@ void Member::withdraw(bool also_complete) {
   if (!begun_) return;
   for (std::size_t s = 0; s < scopes_.size(); ++s) {
     Scope& own = scopes_[s];
-    const bool incomplete =
-        own.missing > 0 && (own.phase == Phase::arrived || own.phase == Phase::contributing);
+    const bool incomplete = own.missing > 0 && (own.phase == Phase::arrived || own.phase == Phase::contributing);
     if (!incomplete && !(also_complete && own.phase == Phase::arrived)) continue;
     own.phase = Phase::late;
     messages_.push_back(Withdraw{id_, applied_, static_cast<std::int32_t>(s)});

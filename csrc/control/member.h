@@ -1,9 +1,10 @@
 // One rank's side of one channel: which step it is at, what it has handed over, what it waits for. Pure, like the
-// coordinator: calls of the training thread, messages, and the engine's "this is reduced" come in; messages and work go out.
+// coordinator: calls of the training thread, messages, and the engine's "this is reduced" come in; messages and work
+// go out.
 //
-// Life of a step:  begin -> submit each bucket -> next() until it returns true -> take()
-// A contributor takes the update it helped to make. A late rank takes missed updates one after the other, until take() says
-// `resume` (compute the newest step) or `over` (the round has ended).
+// Life of a step:  begin -> submit each bucket -> next() until it returns true -> take() A contributor takes the
+// update it helped to make. A late rank takes missed updates one after the other, until take() says `resume` (compute
+// the newest step) or `over` (the round has ended).
 #pragma once
 
 #include <deque>

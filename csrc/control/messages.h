@@ -1,8 +1,10 @@
-// Everything that ranks say to each other, besides gradients. Members talk to the coordinator, the coordinator answers:
-// it sends to a rank only in reply to something that rank has sent (one Verdict for each Arrive, one reply for each Sync),
-// so nothing can pile up towards a rank that is stopped. The exceptions are Failed and AllGone, sent at most once.
+// Everything that ranks say to each other, besides gradients. Members talk to the coordinator, the coordinator
+// answers: it sends to a rank only in reply to something that rank has sent (one Verdict for each Arrive, one reply
+// for each Sync), so nothing can pile up towards a rank that is stopped. The exceptions are Failed and AllGone, sent
+// at most once.
 //
-// Pull goes from a late rank to a rank that keeps a shard in its journal, and is answered by a transfer or by Refused.
+// Pull goes from a late rank to a rank that keeps a shard in its journal, and is answered by a transfer or by
+// Refused.
 #pragma once
 
 #include <cstdint>
@@ -76,8 +78,8 @@ struct Withdraw {
   }
 };
 
-// The sender's training thread waits for the decision of this step, and does nothing else until it comes. Sent where ranks
-// may wait for each other in different channels (two optimizers): see Coordinator::untangle.
+// The sender's training thread waits for the decision of this step, and does nothing else until it comes. Sent where
+// ranks may wait for each other in different channels (two optimizers): see Coordinator::untangle.
 struct Waiting {
   ChannelId channel = 0;
   Step step = 0;
@@ -295,8 +297,8 @@ struct Refused {
   }
 };
 
-using Message = std::variant<Open, Arrive, Withdraw, Waiting, Done, Sync, BeginRound, Away, Leave, Pause, Join, Exit, Opened,
-                             Failed, Decision, Late, History, Resume, Over, Joined, AllGone, Pull, Refused>;
+using Message = std::variant<Open, Arrive, Withdraw, Waiting, Done, Sync, BeginRound, Away, Leave, Pause, Join, Exit,
+                             Opened, Failed, Decision, Late, History, Resume, Over, Joined, AllGone, Pull, Refused>;
 
 std::vector<std::byte> encode(const Message& message);
 Message decode(const std::vector<std::byte>& bytes);  // RuntimeFailure when malformed

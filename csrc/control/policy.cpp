@@ -15,7 +15,8 @@ Verdict close_decision(const CloseView& view) {
   if (view.owed) return {false, {}, "waiting for a rank that was left out max_misses times in a row"};
   const TimeUs deadline = *view.nth_arrival + std::max(view.grace_us, view.reentry_us);
   if (view.now < deadline) {
-    return {false, deadline, view.reentry_us > view.grace_us ? "a rank that has caught up comes back" : "the grace time runs"};
+    return {false, deadline,
+            view.reentry_us > view.grace_us ? "a rank that has caught up comes back" : "the grace time runs"};
   }
   return {true, {}, std::to_string(needed) + " needed have arrived"};
 }

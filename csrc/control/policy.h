@@ -1,5 +1,5 @@
-// The two judgements of the coordinator, as pure functions of what is known now: does a decision close, and may a rank
-// that has caught up start on the open step? Each returns the verdict, when to look again, and one sentence why.
+// The two judgements of the coordinator, as pure functions of what is known now: does a decision close, and may a
+// rank that has caught up start on the open step? Each returns the verdict, when to look again, and one sentence why.
 #pragma once
 
 #include <optional>
@@ -10,11 +10,11 @@
 namespace hvd_backup {
 
 struct CloseView {
-  int required = 1;              // N
-  int arrived = 0;               // gradients for this decision
-  int able = 0;                  // ranks that have not arrived and still can
-  bool owed = false;             // one of the able has been left out max_misses times in a row
-  TimeUs reentry_us = 0;         // see reentry_wait_us; the longest among the able
+  int required = 1;       // N
+  int arrived = 0;        // gradients for this decision
+  int able = 0;           // ranks that have not arrived and still can
+  bool owed = false;      // one of the able has been left out max_misses times in a row
+  TimeUs reentry_us = 0;  // see reentry_wait_us; the longest among the able
   TimeUs now = 0;
   TimeUs grace_us = 0;
   std::optional<TimeUs> nth_arrival;  // when the number needed was reached; empty: not yet
@@ -31,15 +31,16 @@ int needed_arrivals(int required, int arrived, int able);
 
 Verdict close_decision(const CloseView& view);
 
-// A rank that was late has to fetch the update that the others hold already, so it starts the next step behind them by its
-// handicap; among equally fast ranks it would be late for ever, though it is on time in all that it does itself. So, now and
-// then, a decision waits for it that long. The wait is paid from what the rank has saved up: `reentry_saving_us` for each update
-// that went without it. So all such waits cost 1/64 of the time at most, for each rank that is late.
+// A rank that was late has to fetch the update that the others hold already, so it starts the next step behind them
+// by its handicap; among equally fast ranks it would be late for ever, though it is on time in all that it does
+// itself. So, now and then, a decision waits for it that long. The wait is paid from what the rank has saved up:
+// `reentry_saving_us` for each update that went without it. So all such waits cost 1/64 of the time at most, for each
+// rank that is late.
 inline constexpr TimeUs reentry_share = 64;
 inline TimeUs reentry_saving_us(TimeUs typical_us) { return typical_us / reentry_share; }
 
-// How long to wait after the N-th arrival for a rank that began the open step `handicap` after the others: 0 when it has
-// not saved enough.
+// How long to wait after the N-th arrival for a rank that began the open step `handicap` after the others: 0 when it
+// has not saved enough.
 TimeUs reentry_wait_us(TimeUs saved_us, TimeUs handicap_us, TimeUs typical_us);
 
 struct ResumeView {
@@ -49,9 +50,9 @@ struct ResumeView {
   bool needed = false;    // the decision can't close without this rank, or it is owed its turn
 };
 
-// A late rank that starts in the middle of a step will be late for it as well, and so on for ever, though it is as fast as
-// the others. So it waits for the next step, unless the open one is young (then it can be a backup, and come back), or this
-// rank is needed, or the step is overdue (somebody else is slow, and starting may help).
+// A late rank that starts in the middle of a step will be late for it as well, and so on for ever, though it is as
+// fast as the others. So it waits for the next step, unless the open one is young (then it can be a backup, and come
+// back), or this rank is needed, or the step is overdue (somebody else is slow, and starting may help).
 Verdict resume_now(const ResumeView& view);
 
 }  // namespace hvd_backup

@@ -1,4 +1,5 @@
-// What the coordinator puts on record: enough to check the invariants afterwards (I2, I3, I7), and to log what matters.
+// What the coordinator puts on record: enough to check the invariants afterwards (I2, I3, I7), and to log what
+// matters.
 #pragma once
 
 #include <string>

@@ -36,8 +36,9 @@ class Rounds {
 
   bool has_begun(int rank) const { return begun_[static_cast<std::size_t>(rank)]; }  // the current round
 
-  // The step at which the current round ends, as far as lengths tell. A rank that has not begun this round yet counts with its
-  // length in the one before; before the first one, nothing is known until all have begun. `gone` ranks don't count.
+  // The step at which the current round ends, as far as lengths tell. A rank that has not begun this round yet counts
+  // with its length in the one before; before the first one, nothing is known until all have begun. `gone` ranks
+  // don't count.
   std::optional<Step> planned_end(const std::vector<bool>& gone) const {
     if (fixed_end_) return fixed_end_;
     if (!followed_) return std::nullopt;
@@ -61,9 +62,9 @@ class Rounds {
   }
 
  private:
-  std::vector<Step> ends_;                             // of the rounds that are over
+  std::vector<Step> ends_;                            // of the rounds that are over
   std::vector<std::optional<std::int64_t>> lengths_;  // last given by each rank
-  std::vector<bool> begun_;                            // this round, by rank
+  std::vector<bool> begun_;                           // this round, by rank
   bool followed_ = false;
   std::int64_t align_every_ = 0;
   std::optional<Step> fixed_end_;

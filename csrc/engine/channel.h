@@ -1,5 +1,6 @@
-// The engine's side of one channel: the Member (who decides nothing, but knows what to do next), the buffers that the training
-// thread has handed over, the reductions that are running, and the journal. Owned by the Engine and guarded by its mutex.
+// The engine's side of one channel: the Member (who decides nothing, but knows what to do next), the buffers that the
+// training thread has handed over, the reductions that are running, and the journal. Owned by the Engine and guarded
+// by its mutex.
 #pragma once
 
 #include <condition_variable>
@@ -30,9 +31,9 @@ struct Bucket {
 // One decision to which this rank contributes, bucket by bucket as they are handed over.
 struct Reduction {
   Decision decision;
-  std::vector<bool> started;     // by bucket
-  int running = 0;               // collectives of this attempt that have not ended
-  int left = 0;                  // buckets that are not complete
+  std::vector<bool> started;      // by bucket
+  int running = 0;                // collectives of this attempt that have not ended
+  int left = 0;                   // buckets that are not complete
   std::vector<int> retired_tags;  // of attempts that were given up, while something may still arrive for them
 };
 

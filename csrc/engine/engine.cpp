@@ -30,15 +30,16 @@ bool is_for_coordinator(const Message& message) {
       [](const auto& body) {
         using Body = std::decay_t<decltype(body)>;
         return std::is_same_v<Body, Open> || std::is_same_v<Body, Arrive> || std::is_same_v<Body, Withdraw> ||
-               std::is_same_v<Body, Waiting> ||
-               std::is_same_v<Body, Done> || std::is_same_v<Body, Sync> || std::is_same_v<Body, BeginRound> ||
-               std::is_same_v<Body, Away> || std::is_same_v<Body, Leave> || std::is_same_v<Body, Pause> ||
-               std::is_same_v<Body, Join> || std::is_same_v<Body, Exit>;
+               std::is_same_v<Body, Waiting> || std::is_same_v<Body, Done> || std::is_same_v<Body, Sync> ||
+               std::is_same_v<Body, BeginRound> || std::is_same_v<Body, Away> || std::is_same_v<Body, Leave> ||
+               std::is_same_v<Body, Pause> || std::is_same_v<Body, Join> || std::is_same_v<Body, Exit>;
       },
       message);
 }
 
-void report(int rank, const std::string& text) { std::fprintf(stderr, "[hvd_backup rank %d] %s\n", rank, text.c_str()); }
+void report(int rank, const std::string& text) {
+  std::fprintf(stderr, "[hvd_backup rank %d] %s\n", rank, text.c_str());
+}
 
 }  // namespace
 
@@ -95,8 +96,7 @@ Channel& Engine::open(const ChannelSpec& spec) {
   }
   channels_.push_back(std::make_unique<Channel>(spec.name, rank_, spec.kind, spec.arrive_first, spec.average));
   training_channels_ += spec.kind == ChannelKind::training ? 1 : 0;
-  outgoing_.push_back(
-      Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all});
+  outgoing_.push_back(Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all});
   wake();
   return *channels_.back();
 }
@@ -192,8 +192,8 @@ void Engine::leave(Channel& channel) {
 
 Engine::View Engine::view(Channel& channel) {
   const std::scoped_lock lock(mutex_);
-  return {channel.member.step(),       channel.member.round_end(), channel.member.round_over(),
-          channel.proposal,            channel.member.counters(),  channel.journal.bytes()};
+  return {channel.member.step(), channel.member.round_end(), channel.member.round_over(),
+          channel.proposal,      channel.member.counters(),  channel.journal.bytes()};
 }
 
 bool Engine::close(Channel& channel, TimeUs timeout_us) {
@@ -242,7 +242,8 @@ void Engine::leave_for_good(const std::string& failure) {
 void Engine::withdraw(Channel& channel, bool also_complete) {
   channel.member.withdraw(also_complete);
   for (auto& [scope, reduction] : channel.reductions) {
-    if (reduction.left > 0 && !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) {
+    if (reduction.left > 0 &&
+        !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) {
       retire(channel, reduction);
     }
   }
@@ -294,7 +295,8 @@ void Engine::run() {
       }
       TimeUs nap = nap_us(now - idle_since, transport_->pending() > 0);
       if (coordinator_) {
-        if (const auto deadline = coordinator_->next_deadline()) nap = std::min(nap, std::max<TimeUs>(*deadline - now, 0));
+        if (const auto deadline = coordinator_->next_deadline())
+          nap = std::min(nap, std::max<TimeUs>(*deadline - now, 0));
       }
       if (nap == 0) {
         lock.unlock();
@@ -400,7 +402,8 @@ void Engine::serve(int from, const Pull& pull) {
   {
     const std::scoped_lock lock(mutex_);
     for (auto& channel : channels_) {
-      if (channel->opened && channel->id == pull.channel) block = channel->journal.find(pull.step, pull.bucket, pull.shard);
+      if (channel->opened && channel->id == pull.channel)
+        block = channel->journal.find(pull.step, pull.bucket, pull.shard);
     }
   }
   if (!block) {
@@ -437,7 +440,8 @@ void Engine::collect(Channel& channel, Work& work) {
     reduction.decision = std::move(decision);
     reduction.started.assign(channel.buckets.size(), false);
     reduction.left = 0;
-    for (const Bucket& bucket : channel.buckets) reduction.left += bucket.layout.scope == reduction.decision.scope ? 1 : 0;
+    for (const Bucket& bucket : channel.buckets)
+      reduction.left += bucket.layout.scope == reduction.decision.scope ? 1 : 0;
   }
   for (auto& [scope, reduction] : channel.reductions) {
     if (!clear_retired(reduction)) {
@@ -512,8 +516,8 @@ void Engine::bucket_reduced(Channel& channel, const Decision& decision) {
   channel.changed.notify_all();
 }
 
-// This attempt is given up: a contributor has withdrawn. Its collectives will not end; the next attempt writes the same
-// results, so nothing of this one may arrive there any more.
+// This attempt is given up: a contributor has withdrawn. Its collectives will not end; the next attempt writes the
+// same results, so nothing of this one may arrive there any more.
 void Engine::retire(Channel& channel, Reduction& reduction) {
   for (std::size_t b = 0; b < reduction.started.size(); ++b) {
     if (!reduction.started[b]) continue;

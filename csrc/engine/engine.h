@@ -1,12 +1,12 @@
-// One thread that owns all communication of this process, and the calls by which the training thread hands over buffers and
-// waits. The rules live in control/ (Member on every rank, Coordinator on rank 0); the engine carries their messages, runs the
-// collectives that they ask for, keeps the journal, and reads the clock.
+// One thread that owns all communication of this process, and the calls by which the training thread hands over
+// buffers and waits. The rules live in control/ (Member on every rank, Coordinator on rank 0); the engine carries
+// their messages, runs the collectives that they ask for, keeps the journal, and reads the clock.
 //
-// Threads: every public function may be called from any thread but the engine's. `mutex_` guards the channels, the members and
-// the coordinator; the transport belongs to the engine thread and is used without the mutex.
-// Buffers: the caller's. A contribution stays unchanged, and both stay alive, from submit() until wait() has returned the
-// outcome of that step, or close() or shutdown() has returned.
-// Errors: the engine thread never throws. It stores the failure, and the next call of the training thread raises it.
+// Threads: every public function may be called from any thread but the engine's. `mutex_` guards the channels, the
+// members and the coordinator; the transport belongs to the engine thread and is used without the mutex. Buffers: the
+// caller's. A contribution stays unchanged, and both stay alive, from submit() until wait() has returned the outcome
+// of that step, or close() or shutdown() has returned. Errors: the engine thread never throws. It stores the failure,
+// and the next call of the training thread raises it.
 #pragma once
 
 #include <atomic>
@@ -76,8 +76,8 @@ class Engine {
   // The buffers of this channel will not be touched any more once this has returned true.
   bool close(Channel& channel, TimeUs timeout_us);
 
-  void pause();                                   // before a full collective
-  void join();                                    // then joined() until it gives the last rank
+  void pause();  // before a full collective
+  void join();   // then joined() until it gives the last rank
   bool joined(TimeUs timeout_us, int* last_rank);
 
   // Says that this rank leaves for good; shut_down() is true once all have left and the thread has ended.
@@ -125,31 +125,31 @@ class Engine {
   void say(Message message);
   void wake();
 
-  StagingPool staging_;                // outlives the transport, whose transfers may use its memory
+  StagingPool staging_;  // outlives the transport, whose transfers may use its memory
   std::unique_ptr<Transport> transport_;
   const int rank_;
   const int size_;
-  const std::int32_t tag_limit_;       // decisions use the tags below it, fetches those from it to twice as many
+  const std::int32_t tag_limit_;  // decisions use the tags below it, fetches those from it to twice as many
   std::int32_t next_fetch_tag_ = 0;
   Trace trace_;
   Ranks reported_gone_;
   std::vector<std::shared_ptr<Fetch>> fetches_;
-  TimeUs fetch_us_ = 0;                // of the last fetch
-  std::deque<Reply> to_self_;          // messages of this rank to itself; `to` is the sender
+  TimeUs fetch_us_ = 0;        // of the last fetch
+  std::deque<Reply> to_self_;  // messages of this rank to itself; `to` is the sender
 
   std::mutex mutex_;
   std::unique_ptr<Coordinator> coordinator_;  // rank 0 only
   std::vector<std::unique_ptr<Channel>> channels_;
   int training_channels_ = 0;
   std::vector<Channel*> dirty_;
-  std::vector<Message> outgoing_;      // of the rank itself, to the coordinator
+  std::vector<Message> outgoing_;  // of the rank itself, to the coordinator
   std::string failure_;
   bool leaving_ = false;
   bool all_gone_ = false;
   std::optional<int> joined_;
   bool ended_ = false;
-  std::condition_variable changed_;    // joined_, ended_
-  std::condition_variable wake_up_;    // of the engine thread
+  std::condition_variable changed_;  // joined_, ended_
+  std::condition_variable wake_up_;  // of the engine thread
   bool woken_ = false;
   std::atomic<bool> stop_{false};
   std::thread thread_;

@@ -22,7 +22,8 @@ Fetch::Fetch(Transport& transport, SendPull send_pull, NextTag next_tag, Channel
     for (std::size_t b = 0; b < buckets.size(); ++b) {
       const Bucket& bucket = buckets[b];
       if (bucket.layout.scope != scope) continue;
-      if (bucket.result == nullptr) throw UsageError("no result buffer is known for a missed update: call set_results()");
+      if (bucket.result == nullptr)
+        throw UsageError("no result buffer is known for a missed update: call set_results()");
       const std::size_t size = size_of(bucket.layout.dtype);
       for (int shard = 0; shard < k; ++shard) {
         const Shard cut = shard_of(bucket.layout.count, static_cast<std::size_t>(k), static_cast<std::size_t>(shard));
@@ -56,7 +57,8 @@ void Fetch::ask(std::size_t index, int keeper) {
   const Part& part = parts_[index];
   const std::int32_t tag = next_tag_();
   auto data = std::make_shared<std::vector<std::byte>>(part.bytes);
-  transport_.start_receive(keeper, tag, *data, [self = shared_from_this(), index, data] { self->arrived(index, *data); });
+  transport_.start_receive(keeper, tag, *data,
+                           [self = shared_from_this(), index, data] { self->arrived(index, *data); });
   send_pull_(keeper, Pull{channel_, step_, part.bucket, part.shard, tag});
 }
 

@@ -1,6 +1,6 @@
-// Fetches one missed update from the journals of its contributors, shard by shard. Pulled, never pushed: only this rank
-// waits. A keeper that does not answer in time is not waited for: its neighbour keeps the same shard and is asked as
-// well; whoever is first wins. Every request has a buffer of its own, so a late answer can't touch anything.
+// Fetches one missed update from the journals of its contributors, shard by shard. Pulled, never pushed: only this
+// rank waits. A keeper that does not answer in time is not waited for: its neighbour keeps the same shard and is
+// asked as well; whoever is first wins. Every request has a buffer of its own, so a late answer can't touch anything.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 // How long the engine thread sleeps when it finds nothing to do. Pure.
 //
-// MPI can only be asked, so a sleeping engine answers late. It may be late by 2 % of the time that it has been idle: short
-// naps while something is going on, long ones in a long forward pass. So the delay never matters, and an idle
+// MPI can only be asked, so a sleeping engine answers late. It may be late by 2 % of the time that it has been idle:
+// short naps while something is going on, long ones in a long forward pass. So the delay never matters, and an idle
 // thread polls 50 times for each factor e of idle time, then 500 times a second at most.
 #pragma once
 
@@ -11,7 +11,8 @@
 
 namespace hvd_backup {
 
-// Until then a thread that has nothing to do yields instead of sleeping: a reply within a data exchange takes that long.
+// Until then a thread that has nothing to do yields instead of sleeping: a reply within a data exchange takes that
+// long.
 inline constexpr TimeUs spin_us = 50;
 
 // 0: yield. transfers: something large is on its way, and its other end needs us.

@@ -1,6 +1,6 @@
-// The reduced shards of the last updates, kept for late ranks. With k contributors, contributor i keeps shard i and its
-// neighbour's, shard i-1, of each bucket: 2 M/k bytes an update, and one stopped keeper blocks nobody.
-// Bounded by the coordinator, which decides no update that the journals could not hold (max_lag).
+// The reduced shards of the last updates, kept for late ranks. With k contributors, contributor i keeps shard i and
+// its neighbour's, shard i-1, of each bucket: 2 M/k bytes an update, and one stopped keeper blocks nobody. Bounded by
+// the coordinator, which decides no update that the journals could not hold (max_lag).
 #pragma once
 
 #include <atomic>

@@ -186,8 +186,8 @@ struct Sum {
   Stored* destination;
   Lane scale;
 
-  // Elements [offset, offset + n * lanes), n vectors at once. Everything is read before anything is written, because the
-  // destination may be one of the sources.
+  // Elements [offset, offset + n * lanes), n vectors at once. Everything is read before anything is written, because
+  // the destination may be one of the sources.
   template <std::size_t n, bool unit>
   void vectors(const Group& group, std::size_t base, std::size_t offset) const {
     V sums[n];

@@ -1,5 +1,5 @@
-// The seam between the dispatch (weighted_sum.cpp) and the kernel (weighted_sum_isa.cpp), which is compiled once for each
-// instruction set, each time into a namespace of its own. Only those two files and the kernel's test include this.
+// The seam between the dispatch (weighted_sum.cpp) and the kernel (weighted_sum_isa.cpp), which is compiled once for
+// each instruction set, each time into a namespace of its own. Only those two files and the kernel's test include this.
 #pragma once
 
 #include <cstddef>

@@ -68,7 +68,8 @@ class InProcessTransport final : public Transport {
     }
     const std::lock_guard guard(mailbox(rank).lock);
     if (std::exchange(mailbox(rank).in_use, true)) {
-      throw UsageError("rank " + std::to_string(rank) + " of this hub has an endpoint already; make a hub for each run");
+      throw UsageError("rank " + std::to_string(rank) +
+                       " of this hub has an endpoint already; make a hub for each run");
     }
   }
 
@@ -183,8 +184,8 @@ class InProcessTransport final : public Transport {
       }
       if (offer->data.size() != receive.data.size()) {
         throw RuntimeFailure("a transfer from rank " + std::to_string(name.first) + " with tag " +
-                             std::to_string(name.second) + " has " + std::to_string(offer->data.size()) +
-                             " bytes, " + std::to_string(receive.data.size()) + " were expected");
+                             std::to_string(name.second) + " has " + std::to_string(offer->data.size()) + " bytes, " +
+                             std::to_string(receive.data.size()) + " were expected");
       }
       if (!receive.data.empty()) std::memcpy(receive.data.data(), offer->data.data(), receive.data.size());
     }

@@ -26,8 +26,8 @@ class Hub {
   std::vector<std::unique_ptr<Mailbox>> mailboxes_;
 };
 
-// The endpoint of `rank`; one for each rank, each used by one thread. Destroying it withdraws its transfers: memory that
-// they named is not touched afterwards, and what its peers have started with it stays pending.
+// The endpoint of `rank`; one for each rank, each used by one thread. Destroying it withdraws its transfers: memory
+// that they named is not touched afterwards, and what its peers have started with it stays pending.
 std::unique_ptr<Transport> make_in_process_transport(std::shared_ptr<Hub> hub, int rank);
 
 }  // namespace hvd_backup

@@ -1,5 +1,5 @@
-// Matches what arrives with what is wanted: a lane is (peer, tag), and in each lane the n-th arrival belongs to the n-th
-// request, whichever comes first.
+// Matches what arrives with what is wanted: a lane is (peer, tag), and in each lane the n-th arrival belongs to the
+// n-th request, whichever comes first.
 #pragma once
 
 #include <cstddef>

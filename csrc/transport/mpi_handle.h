@@ -122,8 +122,8 @@ class MatchedMessage {
   MPI_Status status_{};
 };
 
-// Outstanding requests, packed as MPI_Testsome wants them, each with a number of the owner's choosing. To add or remove
-// one costs the same however many there are.
+// Outstanding requests, packed as MPI_Testsome wants them, each with a number of the owner's choosing. To add or
+// remove one costs the same however many there are.
 class RequestSet {
  public:
   struct Finished {
@@ -146,7 +146,8 @@ class RequestSet {
   // Removes what has finished and returns it; valid until the next call.
   std::span<const Finished> take_finished();
 
-  // Asks MPI to cancel those that `which` chooses; they finish as cancelled, or as usual when they were matched already.
+  // Asks MPI to cancel those that `which` chooses; they finish as cancelled, or as usual when they were matched
+  // already.
   void cancel(const std::function<bool(std::size_t)>& which);
 
   // Cancels the receives (those for whose number `is_receive` says so) and leaves the sends to MPI to finish.

@@ -68,8 +68,8 @@ class MpiTransport final : public Transport {
       throw UsageError("a message of " + std::to_string(message.size()) + " bytes; send large data as a transfer");
     }
     Request request;
-    check_mpi(MPI_Isend(message.data(), static_cast<int>(message.size()), MPI_BYTE, peer, message_tag,
-                        messages_.get(), request.address()),
+    check_mpi(MPI_Isend(message.data(), static_cast<int>(message.size()), MPI_BYTE, peer, message_tag, messages_.get(),
+                        request.address()),
               "sending a message to", peer);
     // Small messages are buffered by MPI and have left already.
     if (request.finished("sending a message to", peer)) return;
@@ -89,9 +89,10 @@ class MpiTransport final : public Transport {
   }
 
   void start_send(int peer, int tag, std::span<const std::byte> data, OnDone on_done) override {
-    start(Kind::send, peer, tag, data.size(), std::move(on_done), [&](std::size_t offset, int bytes, MPI_Request* request) {
-      return MPI_Isend(data.data() + offset, bytes, MPI_BYTE, peer, tag, transfers_.get(), request);
-    });
+    start(Kind::send, peer, tag, data.size(), std::move(on_done),
+          [&](std::size_t offset, int bytes, MPI_Request* request) {
+            return MPI_Isend(data.data() + offset, bytes, MPI_BYTE, peer, tag, transfers_.get(), request);
+          });
   }
 
   void start_receive(int peer, int tag, std::span<std::byte> data, OnDone on_done) override {
@@ -156,7 +157,8 @@ class MpiTransport final : public Transport {
       return;
     }
     const std::size_t number = take_operation();
-    operations_[number] = {kind, peer, (bytes + piece_bytes_ - 1) / piece_bytes_, bytes, 0, std::move(on_done), {}, tag};
+    operations_[number] = {kind, peer, (bytes + piece_bytes_ - 1) / piece_bytes_, bytes, 0, std::move(on_done),
+                           {},   tag};
     for (std::size_t offset = 0; offset < bytes; offset += piece_bytes_) {
       Request request;
       check_mpi(start_piece(offset, static_cast<int>(std::min(piece_bytes_, bytes - offset)), request.address()),
@@ -176,7 +178,8 @@ class MpiTransport final : public Transport {
     }
     const std::size_t number = take_operation();
     const bool arrived = *request.address() == MPI_REQUEST_NULL;
-    operations_[number] = {Kind::receive_message, peer, arrived ? 0u : 1u, 0, 0, nullptr, std::move(message), message_tag};
+    operations_[number] = {Kind::receive_message, peer,       arrived ? 0u : 1u, 0, 0, nullptr,
+                           std::move(message),    message_tag};
     earlier.push_back(number);
     if (!arrived) requests_.add(std::move(request), number);
   }
@@ -251,8 +254,8 @@ class MpiTransport final : public Transport {
   std::size_t piece_bytes_;
   RequestSet requests_;  // numbered by their operation
   std::vector<Operation> operations_;
-  std::vector<std::size_t> free_;  // numbers of operations that are not in use
-  std::vector<OnDone> callbacks_;  // of finished transfers
+  std::vector<std::size_t> free_;                  // numbers of operations that are not in use
+  std::vector<OnDone> callbacks_;                  // of finished transfers
   std::vector<std::deque<std::size_t>> arriving_;  // for each peer, messages that are matched and not handed out
   std::deque<std::pair<int, Bytes>> ready_;
 };

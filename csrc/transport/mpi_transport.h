@@ -2,8 +2,8 @@
 // each other, and nothing of ours can match anything of the user's.
 //
 // Messages are MPI_Isend, MPI_Improbe and MPI_Imrecv, so a receiver learns the size from the message. Transfers are
-// MPI_Isend and MPI_Irecv in pieces of at most `piece_bytes`, because MPI counts are int. No call here waits for a peer.
-// This header does without mpi.h.
+// MPI_Isend and MPI_Irecv in pieces of at most `piece_bytes`, because MPI counts are int. No call here waits for a
+// peer. This header does without mpi.h.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,5 @@
-// A piece of memory that processes of one machine share: the owner of its mapping. What lies in it is its users' business.
+// A piece of memory that processes of one machine share: the owner of its mapping. What lies in it is its users'
+// business.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +10,8 @@ namespace hvd_backup {
 
 class SharedSegment {
  public:
-  // Creates a segment of zeros under a new name and maps it. All of it is reserved: a full /dev/shm is an error here and
-  // not a crash later. Throws RuntimeFailure with the system's reason.
+  // Creates a segment of zeros under a new name and maps it. All of it is reserved: a full /dev/shm is an error here
+  // and not a crash later. Throws RuntimeFailure with the system's reason.
   static SharedSegment create(std::size_t size);
 
   // Maps what another process has created. Throws RuntimeFailure.

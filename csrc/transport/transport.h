@@ -40,9 +40,9 @@ class Transport {
   virtual void start_send(int peer, int tag, std::span<const std::byte> data, OnDone on_done) = 0;
   virtual void start_receive(int peer, int tag, std::span<std::byte> data, OnDone on_done) = 0;
 
-  // Withdraws the receives with this tag, from whichever peer, that nothing has arrived for: their callbacks never run. Returns
-  // whether none is left; false while one is in the middle of arriving, which ends like any other: ask again after progress().
-  // What peers have sent with this tag stays pending there.
+  // Withdraws the receives with this tag, from whichever peer, that nothing has arrived for: their callbacks never
+  // run. Returns whether none is left; false while one is in the middle of arriving, which ends like any other: ask
+  // again after progress(). What peers have sent with this tag stays pending there.
   virtual bool cancel_receives(int tag) = 0;
 
   // Completes what can be completed and runs the callbacks, which may start new transfers. Returns whether anything
