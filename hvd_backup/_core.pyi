@@ -118,7 +118,9 @@ class Channel:
 class Update:
     @property
     def kind(self) -> str:
-        """"update": update `step` lies in the result buffers: apply it. If not `contributed` everywhere, call wait() again.
+        """What wait() has found.
+
+        "update": update `step` lies in the result buffers: apply it. If not `contributed`, call wait() again.
         "resume": nothing more is missing here: compute the next gradient.
         "over": the round is over and this rank has all of its updates; a submitted gradient was dropped.
         """

@@ -251,18 +251,22 @@ def allreduce_over_mpi(end: core.Endpoint) -> None:
         member.check(sum(signature(rank, 50_000 + n, "int64") for rank in everybody))
 
 
+@pytest.mark.parametrize("share_memory", [True, False], ids=["shared-memory", "mpi-alone"])
 @pytest.mark.ranks(1, 2, 4)
-def test_over_mpi(size: int) -> None:
+def test_over_mpi(size: int, share_memory: bool) -> None:
     from mpi4py import MPI
 
-    allreduce_over_mpi(core.Endpoint.over_mpi(MPI._addressof(MPI.COMM_WORLD)))
+    end = core.Endpoint.over_mpi(MPI._addressof(MPI.COMM_WORLD), share_memory=share_memory)
+    assert end.size == size
+    allreduce_over_mpi(end)
 
 
 @pytest.mark.ranks(3)
 def test_over_mpi_in_pieces() -> None:
     from mpi4py import MPI
 
-    allreduce_over_mpi(core.Endpoint.over_mpi(MPI._addressof(MPI.COMM_WORLD), piece_bytes=10_000))
+    end = core.Endpoint.over_mpi(MPI._addressof(MPI.COMM_WORLD), piece_bytes=10_000, share_memory=False)
+    allreduce_over_mpi(end)
 
 
 def lazy_zeros(count: int) -> Array:

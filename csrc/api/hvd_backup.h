@@ -21,9 +21,9 @@ extern "C" {
 
 typedef enum {
   HVDB_OK = 0,
-  HVDB_TIMEOUT = 1,      /* not yet; nothing has changed */
-  HVDB_USAGE_ERROR = 2,  /* the caller did something wrong; nothing has changed */
-  HVDB_FAILURE = 3       /* MPI, another rank, or this channel has failed for good */
+  HVDB_TIMEOUT = 1,     /* not yet; nothing has changed */
+  HVDB_USAGE_ERROR = 2, /* the caller did something wrong; nothing has changed */
+  HVDB_FAILURE = 3      /* MPI, another rank, or this channel has failed for good */
 } hvdb_status;
 
 typedef enum {
@@ -78,13 +78,13 @@ typedef struct {
   const char* description; /* must be equal on all ranks, line by line */
   const void* proposal;    /* of the first rank to open it: see hvdb_proposal */
   size_t proposal_size;
-  int required;        /* N: contributors waited for */
-  int64_t grace_us;    /* who comes within this time after the N-th still counts */
-  int max_misses;      /* a rank left out so many times in a row is waited for; 0: off */
-  int64_t max_lag;     /* updates that the journal holds for ranks that are behind */
-  int arrive_first;    /* arrive with the first bucket of a scope that is ready; otherwise with the last */
-  int wait_for_all;    /* open only when all ranks have asked */
-  int average;         /* results are means weighted by samples; otherwise sums. Integers: sums */
+  int required;     /* N: contributors waited for */
+  int64_t grace_us; /* who comes within this time after the N-th still counts */
+  int max_misses;   /* a rank left out so many times in a row is waited for; 0: off */
+  int64_t max_lag;  /* updates that the journal holds for ranks that are behind */
+  int arrive_first; /* arrive with the first bucket of a scope that is ready; otherwise with the last */
+  int wait_for_all; /* open only when all ranks have asked */
+  int average;      /* results are means weighted by samples; otherwise sums. Integers: sums */
 } hvdb_channel_spec;
 
 hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_channel** channel);

@@ -30,8 +30,7 @@ constexpr const char* field_names = nullptr;
 template <>
 constexpr const char* field_names<Open> = "Open name kind description proposal options wait_for_all";
 template <>
-constexpr const char* field_names<Arrive> =
-    "Arrive channel step scope base round scopes buckets samples metadata";
+constexpr const char* field_names<Arrive> = "Arrive channel step scope base round scopes buckets samples metadata";
 template <>
 constexpr const char* field_names<Withdraw> = "Withdraw channel step scope";
 template <>

@@ -24,6 +24,8 @@
 #include "kernels/weighted_sum_isa.h"
 #include "transport/in_process.h"
 #include "transport/mpi_transport.h"
+#include "transport/node_exchange.h"
+#include "transport/shared_segment.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -133,6 +135,55 @@ void send_message(Endpoint& self, int peer, const nb::bytes& message) {
   self.open().send_message(peer, Bytes(begin, begin + message.size()));
 }
 
+// The ranks of a node, all in this process. took_the_long_way(rank, peer, tag, ticket): instead of MPI.
+using TookTheLongWay = std::function<void(std::size_t rank, std::size_t peer, int tag, int ticket)>;
+
+std::vector<std::unique_ptr<NodeExchange>> node_exchanges(std::size_t ranks, const TookTheLongWay& took_the_long_way) {
+  std::vector<SharedSegment> offered;
+  for (std::size_t rank = 0; rank < ranks; ++rank) {
+    offered.push_back(SharedSegment::create(NodeExchange::segment_bytes(ranks)));
+  }
+  std::vector<std::unique_ptr<NodeExchange>> exchanges;
+  for (std::size_t rank = 0; rank < ranks; ++rank) {
+    std::vector<SharedSegment> mine;
+    for (const SharedSegment& one : offered) mine.push_back(SharedSegment::open(one.path(), one.bytes().size()));
+    exchanges.push_back(std::make_unique<NodeExchange>(
+        std::move(mine), rank, [=](std::size_t peer, int tag, int ticket, std::span<std::byte>, const OnDone&) {
+          took_the_long_way(rank, peer, tag, ticket);
+        }));
+  }
+  return exchanges;
+}
+
+bool poll(NodeExchange& self) {
+  std::vector<OnDone> finished;
+  self.poll(&finished);
+  for (const OnDone& on_done : finished) on_done();
+  return !finished.empty();
+}
+
+void register_node_exchange(nb::module_& module) {
+  nb::class_<NodeExchange>(module, "NodeExchange")
+      .def_ro_static("block_bytes", &NodeExchange::block_bytes)
+      .def_ro_static("block_count", &NodeExchange::block_count)
+      .def(
+          "send",
+          [](NodeExchange& self, const std::vector<std::size_t>& peers, int tag, Address data, std::size_t bytes,
+             const OnDone& on_done) { return self.send(peers, tag, {pointer<const std::byte>(data), bytes}, on_done); },
+          "peers"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+      .def("announce", &NodeExchange::announce, "peer"_a, "tag"_a, "ticket"_a)
+      .def(
+          "receive",
+          [](NodeExchange& self, std::size_t peer, int tag, Address data, std::size_t bytes, OnDone on_done) {
+            self.receive(peer, tag, {pointer<std::byte>(data), bytes}, std::move(on_done));
+          },
+          "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+      .def("cancel", &NodeExchange::cancel, "tag"_a)
+      .def("progress", &poll)
+      .def_prop_ro("pending", &NodeExchange::pending);
+  module.def("node_exchanges", &node_exchanges, "ranks"_a, "took_the_long_way"_a);
+}
+
 }  // namespace
 
 void register_data_plane(nb::module_& module) {
@@ -171,10 +222,10 @@ void register_data_plane(nb::module_& module) {
           "hub"_a, "rank"_a)
       .def_static(
           "over_mpi",
-          [](Address comm, std::size_t piece_bytes) {
-            return endpoint(make_mpi_transport(pointer(comm), piece_bytes));
+          [](Address comm, std::size_t piece_bytes, bool share_memory) {
+            return endpoint(make_mpi_transport(pointer(comm), {piece_bytes, share_memory}));
           },
-          "comm"_a, "piece_bytes"_a = mpi_piece_bytes)
+          "comm"_a, "piece_bytes"_a = MpiTransportOptions().piece_bytes, "share_memory"_a = true)
       .def("close", [](Endpoint& self) { self.transport.reset(); })
       .def_prop_ro("rank", [](Endpoint& self) { return self.open().rank(); })
       .def_prop_ro("size", [](Endpoint& self) { return self.open().size(); })
@@ -194,6 +245,14 @@ void register_data_plane(nb::module_& module) {
             self.open().start_receive(peer, tag, {pointer<std::byte>(data), bytes}, std::move(on_done));
           },
           "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+      .def(
+          "start_send_to_all",
+          [](Endpoint& self, const std::vector<int>& peers, int tag, Address data, std::size_t bytes, OnDone on_done) {
+            self.open().start_send_to_all(peers, tag, {pointer<const std::byte>(data), bytes}, std::move(on_done));
+          },
+          "peers"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+      .def(
+          "cancel_receives", [](Endpoint& self, int tag) { return self.open().cancel_receives(tag); }, "tag"_a)
       .def("progress", [](Endpoint& self) { return self.open().progress(); })
       .def("start_allreduce", &Endpoint::start, nb::kw_only(), "members"_a, "weights"_a, "scale"_a = 1.0, "dtype"_a,
            "count"_a, "contribution"_a, "result"_a, "tag"_a = 0, "small_bytes"_a = defaults.small_bytes,
@@ -201,6 +260,7 @@ void register_data_plane(nb::module_& module) {
       .def("finish", &Endpoint::finish, "collectives"_a, "timeout_s"_a = 60.0,
            nb::call_guard<nb::gil_scoped_release>());
   module.def("mpi_library_version", &mpi_library_version);
+  register_node_exchange(module);
 }
 
 }  // namespace hvd_backup

@@ -16,9 +16,9 @@ namespace hvd_backup {
 
 namespace {
 
-// Segments on their way between this member and each other one, in each direction and phase. Enough to keep a peer busy
-// until it is our turn again; more would only make the transport's list of pending transfers longer.
-constexpr std::size_t segments_in_flight = 8;
+// Segments on their way from this member to each other one, and back, in each phase. Enough to keep a peer busy until
+// it is our turn again, and few enough in all that the memory which ranks of one node share has room for them.
+std::size_t segments_in_flight(std::size_t peers) { return std::clamp<std::size_t>(16 / peers, 2, 8); }
 
 void check(const Transport& transport, const AllreduceOptions& options) {
   const auto& members = options.members;
@@ -29,8 +29,8 @@ void check(const Transport& transport, const AllreduceOptions& options) {
     throw UsageError("allreduce: rank " + std::to_string(transport.rank()) + " has called, but is not a member");
   }
   if (members.front() < 0 || members.back() >= transport.size()) {
-    throw UsageError("allreduce: members " + std::to_string(members.front()) + " to " +
-                     std::to_string(members.back()) + " among " + std::to_string(transport.size()) + " ranks");
+    throw UsageError("allreduce: members " + std::to_string(members.front()) + " to " + std::to_string(members.back()) +
+                     " among " + std::to_string(transport.size()) + " ranks");
   }
   if (options.weights.size() != members.size()) {
     throw UsageError("allreduce: " + std::to_string(options.weights.size()) + " weights for " +
@@ -56,9 +56,9 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
         self_(index_of(transport.rank())),
         // Not count * element_bytes * (size - 1), which may overflow.
         one_exchange_(size_ == 1 || options_.count <= options_.small_bytes / (size_ - 1) / element_bytes_),
-        segment_(one_exchange_ ? std::max<std::size_t>(options_.count, 1)
-                               : segment_elements(size_, element_bytes_, options_.segment_bytes,
-                                                  options_.staging_bytes)),
+        segment_(one_exchange_
+                     ? std::max<std::size_t>(options_.count, 1)
+                     : segment_elements(size_, element_bytes_, options_.segment_bytes, options_.staging_bytes)),
         own_(shard(self_)),
         own_segments_(segment_count(own_, segment_)),
         peers_(size_),
@@ -70,10 +70,13 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
 
   void start() {
     for_each_peer([this](std::size_t peer) {
+      peer_ranks_.push_back(options_.members[peer]);
       peers_[peer].segments = segment_count(shard(peer), segment_);
-      const std::size_t both_ways = peers_[peer].segments + own_segments_;
-      unfinished_ += one_exchange_ ? both_ways : 2 * both_ways;
+      unfinished_ += own_segments_;                                  // contributions in
+      if (!one_exchange_) unfinished_ += 2 * peers_[peer].segments;  // contributions out, results in
     });
+    unfinished_ += own_segments_;  // to all at once: results out, in one exchange the contribution
+    if (size_ == 1) unfinished_ = 0;
     if (unfinished_ == 0) {
       if (size_ == 1) sum(own_, 0);
       on_done_();
@@ -82,7 +85,11 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
     slots_.assign(std::min(staging_slots, own_segments_), 0);
     take_staging();
     for (std::size_t index = 0; index < slots_.size(); ++index) receive_contributions(index);
-    for (std::size_t n = 0; n < segments_in_flight; ++n) {
+    if (one_exchange_) {
+      send_to_all(options_.tag, contribution(own_));
+      return;
+    }
+    for (std::size_t n = 0; n < segments_in_flight(size_ - 1); ++n) {
       for_each_peer([this](std::size_t peer) {
         send_next_contribution(peer);
         receive_next_result(peer);
@@ -92,7 +99,7 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
 
  private:
   struct Peer {
-    std::size_t segments = 0;          // in its shard
+    std::size_t segments = 0;           // in its shard
     std::size_t contributions_out = 0;  // segments that have been started
     std::size_t results_in = 0;
   };
@@ -136,11 +143,10 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
     Peer& state = peers_[peer];
     if (state.contributions_out == state.segments) return;
     const Shard part = segment_of(shard(peer), segment_, state.contributions_out++);
-    transport_.start_send(options_.members[peer], options_.tag, contribution(part),
-                          [self = shared_from_this(), peer] {
-                            self->send_next_contribution(peer);
-                            self->finish_one();
-                          });
+    transport_.start_send(options_.members[peer], options_.tag, contribution(part), [self = shared_from_this(), peer] {
+      self->send_next_contribution(peer);
+      self->finish_one();
+    });
   }
 
   // Step 2: the others' contributions to this member's shard, a segment of it into each slot.
@@ -166,7 +172,7 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
       slots_[slot] = 0;
       if (next_sum_ + slots_.size() < own_segments_) receive_contributions(next_sum_ + slots_.size());
       ++next_sum_;
-      if (!one_exchange_) send_result(part);
+      if (!one_exchange_) send_to_all(options_.tag + 1, result(part));
     }
   }
 
@@ -177,24 +183,20 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
     weighted_sum(options_.dtype, result(part).data(), sources_, options_.weights, options_.scale, part.size());
   }
 
-  // Step 4.
-  void send_result(Shard part) {
-    for_each_peer([&](std::size_t peer) {
-      transport_.start_send(options_.members[peer], options_.tag + 1, result(part),
-                            [self = shared_from_this()] { self->finish_one(); });
-    });
+  // Step 4, and in one exchange step 1.
+  void send_to_all(int tag, std::span<const std::byte> data) {
+    transport_.start_send_to_all(peer_ranks_, tag, data, [self = shared_from_this()] { self->finish_one(); });
   }
 
   // Step 5: the others' sums, at their place in the result.
   void receive_next_result(std::size_t peer) {
     Peer& state = peers_[peer];
-    if (one_exchange_ || state.results_in == state.segments) return;
+    if (state.results_in == state.segments) return;
     const Shard part = segment_of(shard(peer), segment_, state.results_in++);
-    transport_.start_receive(options_.members[peer], options_.tag + 1, result(part),
-                             [self = shared_from_this(), peer] {
-                               self->receive_next_result(peer);
-                               self->finish_one();
-                             });
+    transport_.start_receive(options_.members[peer], options_.tag + 1, result(part), [self = shared_from_this(), peer] {
+      self->receive_next_result(peer);
+      self->finish_one();
+    });
   }
 
   void finish_one() {
@@ -212,10 +214,11 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
   const Shard own_;
   const std::size_t own_segments_;
 
-  std::vector<Peer> peers_;          // by member; this member's own is not used
-  std::vector<std::size_t> slots_;   // for each, how many contributions have arrived
-  std::size_t next_sum_ = 0;         // segment of this member's shard
-  std::size_t unfinished_ = 0;       // transfers, including those that have not been started
+  std::vector<int> peer_ranks_;
+  std::vector<Peer> peers_;         // by member; this member's own is not used
+  std::vector<std::size_t> slots_;  // for each, how many contributions have arrived
+  std::size_t next_sum_ = 0;        // segment of this member's shard
+  std::size_t unfinished_ = 0;      // transfers, including those that have not been started
   std::vector<const void*> sources_;
   StagingPool::Block staging_;
 };

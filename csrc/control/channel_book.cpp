@@ -63,21 +63,22 @@ void ChannelBook::open(int from, const Open& message, TimeUs now) {
          now);
     return;
   }
-  const auto opened = [&](int to) { out_.replies.push_back({to, Opened{name_, id_, proposal_}}); };
   if (!wait_for_all_) {
-    opened(from);
+    out_.replies.push_back({from, Opened{name_, id_, proposal_}});
     return;
   }
-  const auto there = [&](int r) {
-    return gone_[static_cast<std::size_t>(r)] || ranks_[static_cast<std::size_t>(r)].opened;
-  };
+  complete_opening(now);
+}
+
+// Once all ranks that are left have asked.
+void ChannelBook::complete_opening(TimeUs now) {
   for (int r = 0; r < size_; ++r) {
-    if (!there(r)) return;
+    if (!gone_[static_cast<std::size_t>(r)] && !ranks_[static_cast<std::size_t>(r)].opened) return;
   }
   wait_for_all_ = false;
   out_.records.push_back(record(Record::Event::opened, now));
   for (int r = 0; r < size_; ++r) {
-    if (ranks_[static_cast<std::size_t>(r)].opened) opened(r);
+    if (ranks_[static_cast<std::size_t>(r)].opened) out_.replies.push_back({r, Opened{name_, id_, proposal_}});
   }
 }
 
@@ -232,7 +233,7 @@ void ChannelBook::gone(int from, const std::string& failure, TimeUs now) {
   gone.ranks = {from};
   gone.reason = failure;
   out_.records.push_back(gone);
-  if (!failure_.empty() || !rank.opened) {
+  if (!failure_.empty() || (!rank.opened && !wait_for_all_)) {
     settle(now);
     return;
   }
@@ -240,6 +241,11 @@ void ChannelBook::gone(int from, const std::string& failure, TimeUs now) {
     fail("rank " + std::to_string(from) + " has left at step " + std::to_string(rank.reached) + " (" + failure +
              "), and '" + name_ + "' needs all ranks (no backup workers)",
          now);
+    return;
+  }
+  if (!rank.opened) {
+    if (first_rank_ >= 0) complete_opening(now);
+    settle(now);
     return;
   }
   if (failure.empty() && kind_ == ChannelKind::training && !rounds_.followed()) {
@@ -334,7 +340,8 @@ void ChannelBook::settle(TimeUs now) {
 }
 
 bool ChannelBook::close_round_if_ended(TimeUs now) {
-  bool all_away = rounds_.followed();
+  // Without follow too: a step that is decided in part, and whose other contributors have left, is never completed.
+  bool all_away = true;
   bool anybody = false;
   for (int r = 0; r < size_ && all_away; ++r) {
     if (gone_[static_cast<std::size_t>(r)]) continue;

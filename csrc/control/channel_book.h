@@ -105,6 +105,7 @@ class ChannelBook {
   std::optional<std::string> held(TimeUs now);
   bool is_meeting(Step step) const;
   bool meeting_pending() const;
+  void complete_opening(TimeUs now);
   void settle(TimeUs now);
   bool decide_what_can(TimeUs now);
   bool close_round_if_ended(TimeUs now);

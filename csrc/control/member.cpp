@@ -116,12 +116,14 @@ Update Member::own_update() const {
 
 bool Member::fetch_next_page_entry() {
   const PastUpdate& past = pages_.front();
+  const bool empty =
+      std::all_of(past.contributors.begin(), past.contributors.end(), [](const Ranks& r) { return r.empty(); });
   CatchUp missed{past, {}};
   for (std::size_t s = 0; s < past.contributors.size(); ++s) {
     const bool mine = begun_ && scopes_[s].phase == Phase::done;
     if (!mine && !past.contributors[s].empty()) missed.scopes.push_back(static_cast<int>(s));
   }
-  if (missed.scopes.empty()) {  // all its contributors have withdrawn: it changes nothing, and nobody hears of it
+  if (empty) {  // all its contributors have withdrawn: it changes nothing, and nobody hears of it
     pages_.pop_front();
     counters_.dropped += begun_ ? 1 : 0;
     begun_ = false;
@@ -129,6 +131,10 @@ bool Member::fetch_next_page_entry() {
     return next();
   }
   fetching_ = past.step;
+  if (missed.scopes.empty()) {  // what others contributed to the rest has been withdrawn
+    fetched(past.step);
+    return true;
+  }
   catch_up_ = std::move(missed);
   return false;
 }
@@ -228,7 +234,7 @@ void Member::receive(const Late& message) {
   outlook_ = message.outlook;
   if (!begun_ || message.step != applied_) return;
   Scope& own = scope(message.scope);
-  if (own.phase == Phase::arrived) own.phase = Phase::late;
+  if (own.phase == Phase::arrived || own.phase == Phase::contributing) own.phase = Phase::late;
 }
 
 void Member::receive(const History& message) {

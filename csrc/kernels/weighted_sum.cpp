@@ -39,9 +39,9 @@ void check_integer_weights(std::span<const double> weights, double scale) {
   const auto bad = std::find_if_not(weights.begin(), weights.end(), is_one);
   if (bad == weights.end() && is_one(scale)) return;
   throw UsageError("weighted_sum of integers: the " +
-                   (bad == weights.end() ? "scale is " + std::to_string(scale)
-                                         : "weight " + std::to_string(bad - weights.begin()) + " is " +
-                                               std::to_string(*bad)) +
+                   (bad == weights.end()
+                        ? "scale is " + std::to_string(scale)
+                        : "weight " + std::to_string(bad - weights.begin()) + " is " + std::to_string(*bad)) +
                    ", but integers are summed exactly and every weight and the scale must be 1; "
                    "use a floating-point type for means and weights");
 }

@@ -137,9 +137,7 @@ struct Float16 {
     // A subnormal is fraction * 2^-24: as the fraction of a float32 with exponent 2^-14 it is exact after the 2^-14 is
     // taken off again.
     const Floats subnormal = bits_as<Floats>(magnitude + (113u << 23)) - 0x1p-14f;
-    const Words bits = exponent == 0            ? bits_as<Words>(subnormal)
-                       : exponent == 0x0f800000 ? special
-                                                : rebiased;
+    const Words bits = exponent == 0 ? bits_as<Words>(subnormal) : exponent == 0x0f800000 ? special : rebiased;
     return bits_as<Floats>(bits | sign);
   }
   static void store(Stored* to, Floats value) {
@@ -286,8 +284,7 @@ struct Sum {
 template <class Format>
 void sum(void* destination, const void* const* sources, const double* weights, std::size_t source_count, double scale,
          std::size_t count) {
-  const Sum<Format> job{static_cast<typename Format::Stored*>(destination),
-                        static_cast<typename Format::Lane>(scale)};
+  const Sum<Format> job{static_cast<typename Format::Stored*>(destination), static_cast<typename Format::Lane>(scale)};
   job.run(sources, weights, source_count, count);
 }
 

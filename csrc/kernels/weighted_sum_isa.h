@@ -10,8 +10,8 @@
 namespace hvd_backup {
 
 // What weighted_sum does, its arguments already checked. `source_count` is at least 1.
-using WeightedSumKernel = void (*)(DataType dtype, void* destination, const void* const* sources,
-                                   const double* weights, std::size_t source_count, double scale, std::size_t count);
+using WeightedSumKernel = void (*)(DataType dtype, void* destination, const void* const* sources, const double* weights,
+                                   std::size_t source_count, double scale, std::size_t count);
 
 struct InstructionSet {
   const char* name;
@@ -21,10 +21,10 @@ struct InstructionSet {
 // Those that this build has and this machine can run, slowest first. Never empty: "baseline" runs everywhere.
 std::span<const InstructionSet> instruction_sets();
 
-#define HVD_BACKUP_DECLARE_KERNEL(isa)                                                                         \
-  namespace isa {                                                                                              \
-  void weighted_sum_kernel(DataType dtype, void* destination, const void* const* sources,                      \
-                           const double* weights, std::size_t source_count, double scale, std::size_t count);  \
+#define HVD_BACKUP_DECLARE_KERNEL(isa)                                                                           \
+  namespace isa {                                                                                                \
+  void weighted_sum_kernel(DataType dtype, void* destination, const void* const* sources, const double* weights, \
+                           std::size_t source_count, double scale, std::size_t count);                           \
   }
 HVD_BACKUP_DECLARE_KERNEL(baseline)
 HVD_BACKUP_DECLARE_KERNEL(avx2)

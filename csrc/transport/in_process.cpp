@@ -4,11 +4,13 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
 
 #include "base/error.h"
+#include "transport/lanes.h"
 
 namespace hvd_backup {
 
@@ -85,7 +87,7 @@ class InProcessTransport final : public Transport {
   int rank() const override { return rank_; }
   int size() const override { return hub_->size(); }
   int max_tag() const override { return 32767; }
-  std::size_t pending() const override { return offered_.size() + receive_count_ + callbacks_.size(); }
+  std::size_t pending() const override { return offered_.size() + lanes_.request_count() + callbacks_.size(); }
 
   void send_message(int peer, Bytes message) override {
     if (peer == rank_) {
@@ -112,20 +114,11 @@ class InProcessTransport final : public Transport {
   }
 
   void start_receive(int peer, int tag, std::span<std::byte> data, OnDone on_done) override {
-    Lane& lane = lanes_[{peer, tag}];
-    lane.receives.push_back({data, std::move(on_done)});
-    ++receive_count_;
-    match({peer, tag}, lane);
+    deliver(peer, tag, lanes_.requested(peer, tag, {data, std::move(on_done)}));
   }
 
   bool cancel_receives(int tag) override {
-    for (auto lane = lanes_.begin(); lane != lanes_.end();) {
-      if (lane->first.second == tag) {
-        receive_count_ -= lane->second.receives.size();
-        lane->second.receives.clear();
-      }
-      lane = lane->second.receives.empty() && lane->second.offers.empty() ? lanes_.erase(lane) : std::next(lane);
-    }
+    lanes_.forget_requests(tag);
     return true;
   }
 
@@ -141,12 +134,7 @@ class InProcessTransport final : public Transport {
     std::span<std::byte> data;
     OnDone on_done;
   };
-  // Transfers from one peer with one tag: at most one of the two queues has anything in it.
-  struct Lane {
-    std::deque<std::shared_ptr<Offer>> offers;
-    std::deque<Receive> receives;
-  };
-  using LaneName = std::pair<int, int>;  // peer, tag
+  using TransferLanes = Lanes<std::shared_ptr<Offer>, Receive>;
 
   Hub::Mailbox& mailbox(int rank) { return *hub_->mailboxes_.at(static_cast<std::size_t>(rank)); }
 
@@ -157,10 +145,7 @@ class InProcessTransport final : public Transport {
   }
 
   void handle(OfferArrived& arrived) {
-    const LaneName name{arrived.from, arrived.tag};
-    Lane& lane = lanes_[name];
-    lane.offers.push_back(std::move(arrived.offer));
-    match(name, lane);
+    deliver(arrived.from, arrived.tag, lanes_.arrived(arrived.from, arrived.tag, std::move(arrived.offer)));
   }
 
   void handle(OfferTaken& taken) {
@@ -171,37 +156,35 @@ class InProcessTransport final : public Transport {
 
   void handle(MessageArrived& arrived) { ready_.push_back(std::move(arrived)); }
 
-  void match(const LaneName& name, Lane& lane) {
-    if (lane.offers.empty() || lane.receives.empty()) return;
-    const std::shared_ptr<Offer> offer = std::move(lane.offers.front());
-    Receive receive = std::move(lane.receives.front());
-    {
-      const std::lock_guard guard(offer->lock);
-      if (offer->withdrawn) {  // the sender has gone: nothing will come in this lane any more
-        lane.offers.clear();
-        lane.receives.front() = std::move(receive);
+  void deliver(int peer, int tag, std::optional<TransferLanes::Match> match) {
+    while (match) {
+      auto& [offer, receive] = *match;
+      if (copy(peer, tag, *offer, receive.data)) {
+        mailbox(peer).post(OfferTaken{std::move(offer)});
+        callbacks_.push_back(std::move(receive.on_done));
         return;
       }
-      if (offer->data.size() != receive.data.size()) {
-        throw RuntimeFailure("a transfer from rank " + std::to_string(name.first) + " with tag " +
-                             std::to_string(name.second) + " has " + std::to_string(offer->data.size()) + " bytes, " +
-                             std::to_string(receive.data.size()) + " were expected");
-      }
-      if (!receive.data.empty()) std::memcpy(receive.data.data(), offer->data.data(), receive.data.size());
+      match = lanes_.requested_again(peer, tag, std::move(receive));
     }
-    mailbox(name.first).post(OfferTaken{offer});
-    callbacks_.push_back(std::move(receive.on_done));
-    --receive_count_;
-    lane.offers.pop_front();
-    lane.receives.pop_front();
-    if (lane.offers.empty() && lane.receives.empty()) lanes_.erase(name);
+  }
+
+  // False when the sender has gone.
+  static bool copy(int peer, int tag, Offer& offer, std::span<std::byte> into) {
+    const std::lock_guard guard(offer.lock);
+    if (offer.withdrawn) return false;
+    if (offer.data.size() != into.size()) {
+      throw RuntimeFailure("a transfer from rank " + std::to_string(peer) + " with tag " + std::to_string(tag) +
+                           " has " + std::to_string(offer.data.size()) + " bytes, " + std::to_string(into.size()) +
+                           " were expected");
+    }
+    if (!into.empty()) std::memcpy(into.data(), offer.data.data(), into.size());
+    return true;
   }
 
   std::shared_ptr<Hub> hub_;
   int rank_;
-  std::map<LaneName, Lane> lanes_;
+  TransferLanes lanes_;
   std::map<std::shared_ptr<Offer>, OnDone> offered_;
-  std::size_t receive_count_ = 0;
   std::vector<OnDone> callbacks_;
   std::deque<MessageArrived> ready_;
   std::vector<Letter> mail_;

@@ -11,8 +11,8 @@ std::span<const RequestSet::Finished> RequestSet::take_finished() {
   indices_.resize(requests_.size());
   statuses_.resize(requests_.size());
   int outcount = 0;
-  const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &outcount, indices_.data(),
-                                statuses_.data());
+  const int code =
+      MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &outcount, indices_.data(), statuses_.data());
   if (code != MPI_ERR_IN_STATUS) check_mpi(code, "completing transfers");
   if (outcount == MPI_UNDEFINED) return finished_;
 

@@ -43,6 +43,14 @@ class Communicator {
     return copy;
   }
 
+  // The ranks of `original` that can share memory, in the same order. Collective over it.
+  static Communicator of_this_node(MPI_Comm original) {
+    Communicator node;
+    check_mpi(MPI_Comm_split_type(original, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node.comm_), "finding the node");
+    check_mpi(MPI_Comm_set_errhandler(node.comm_, MPI_ERRORS_RETURN), "setting the error handler");
+    return node;
+  }
+
   Communicator() = default;
   Communicator(Communicator&& other) noexcept : comm_(std::exchange(other.comm_, MPI_COMM_NULL)) {}
   Communicator& operator=(Communicator&& other) noexcept {
@@ -122,8 +130,8 @@ class MatchedMessage {
   MPI_Status status_{};
 };
 
-// Outstanding requests, packed as MPI_Testsome wants them, each with a number of the owner's choosing. To add or
-// remove one costs the same however many there are.
+// Outstanding requests, packed as MPI_Testsome wants them, each with a number of the owner's choosing. To add or remove
+// one costs the same however many there are.
 class RequestSet {
  public:
   struct Finished {

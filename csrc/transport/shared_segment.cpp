@@ -2,11 +2,11 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
-#include <random>
 #include <utility>
 
 #include "base/error.h"
@@ -15,74 +15,63 @@ namespace hvd_backup {
 
 namespace {
 
-class FileDescriptor {
- public:
-  explicit FileDescriptor(int number) : number_(number) {}
-  ~FileDescriptor() {
-    if (number_ >= 0) ::close(number_);
-  }
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-  int get() const { return number_; }
-
- private:
-  int number_;
-};
-
-[[noreturn]] void fail(const char* doing, const std::string& name, int error) {
-  throw RuntimeFailure(std::string("shared memory: ") + doing + " " + name + ": " + std::strerror(error));
-}
-
-std::span<std::byte> map(const FileDescriptor& file, const std::string& name, std::size_t size) {
-  void* address = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
-  if (address == MAP_FAILED) fail("cannot map", name, errno);
-  return {static_cast<std::byte*>(address), size};
+[[noreturn]] void fail(const std::string& doing, int error) {
+  throw RuntimeFailure("shared memory: cannot " + doing + ": " + std::strerror(error));
 }
 
 }  // namespace
 
 SharedSegment SharedSegment::create(std::size_t size) {
-  std::random_device random;
-  const std::string name =
-      "/hvd_backup." + std::to_string(getpid()) + "." + std::to_string(random()) + "." + std::to_string(random());
-  const FileDescriptor file(shm_open(name.c_str(), O_RDWR | O_CREAT | O_EXCL, 0600));
-  if (file.get() < 0) fail("cannot create", name, errno);
-  SharedSegment segment(name, {}, true);  // unlinks if what follows fails
-  if (const int error = posix_fallocate(file.get(), 0, static_cast<off_t>(size)); error != 0) {
-    fail("no room for", name, error);
+  const int file = memfd_create("hvd_backup", MFD_CLOEXEC);
+  if (file < 0) fail("create", errno);
+  if (const int error = posix_fallocate(file, 0, static_cast<off_t>(size)); error != 0) {
+    ::close(file);
+    fail("reserve " + std::to_string(size) + " bytes", error);
   }
-  segment.bytes_ = map(file, name, size);
+  return SharedSegment(file, size);
+}
+
+SharedSegment SharedSegment::open(const std::string& path, std::size_t size) {
+  const int file = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (file < 0) fail("open " + path, errno);
+  struct stat status{};
+  if (fstat(file, &status) != 0 || static_cast<std::size_t>(status.st_size) != size) {
+    ::close(file);
+    fail("use " + path + ", which is something else", EINVAL);
+  }
+  SharedSegment segment(file, size);
+  segment.stop_offering();
   return segment;
 }
 
-SharedSegment SharedSegment::open(const std::string& name, std::size_t size) {
-  const FileDescriptor file(shm_open(name.c_str(), O_RDWR, 0));
-  if (file.get() < 0) fail("cannot open", name, errno);
-  return SharedSegment(name, map(file, name, size), false);
+SharedSegment::SharedSegment(int file, std::size_t size) : file_(file) {
+  void* address = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (address == MAP_FAILED) {
+    const int error = errno;
+    stop_offering();
+    fail("map " + std::to_string(size) + " bytes", error);
+  }
+  bytes_ = {static_cast<std::byte*>(address), size};
 }
 
-SharedSegment::SharedSegment(std::string name, std::span<std::byte> bytes, bool linked)
-    : name_(std::move(name)), bytes_(bytes), linked_(linked) {}
-
 SharedSegment::SharedSegment(SharedSegment&& other) noexcept
-    : name_(std::move(other.name_)),
-      bytes_(std::exchange(other.bytes_, {})),
-      linked_(std::exchange(other.linked_, false)) {}
+    : bytes_(std::exchange(other.bytes_, {})), file_(std::exchange(other.file_, -1)) {}
 
 SharedSegment& SharedSegment::operator=(SharedSegment&& other) noexcept {
-  std::swap(name_, other.name_);
   std::swap(bytes_, other.bytes_);
-  std::swap(linked_, other.linked_);
+  std::swap(file_, other.file_);
   return *this;
 }
 
 SharedSegment::~SharedSegment() {
-  unlink();
+  stop_offering();
   if (!bytes_.empty()) munmap(bytes_.data(), bytes_.size());
 }
 
-void SharedSegment::unlink() noexcept {
-  if (std::exchange(linked_, false)) shm_unlink(name_.c_str());
+std::string SharedSegment::path() const { return "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(file_); }
+
+void SharedSegment::stop_offering() noexcept {
+  if (file_ >= 0) ::close(std::exchange(file_, -1));
 }
 
 }  // namespace hvd_backup

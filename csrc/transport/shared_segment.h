@@ -1,5 +1,8 @@
 // A piece of memory that processes of one machine share: the owner of its mapping. What lies in it is its users'
 // business.
+//
+// It has no name in a file system (Linux: memfd), so that no crash leaves it behind and a small /dev/shm does not
+// matter; others reach it through /proc while its creator offers it.
 #pragma once
 
 #include <cstddef>
@@ -10,12 +13,13 @@ namespace hvd_backup {
 
 class SharedSegment {
  public:
-  // Creates a segment of zeros under a new name and maps it. All of it is reserved: a full /dev/shm is an error here
-  // and not a crash later. Throws RuntimeFailure with the system's reason.
+  // Creates and maps a segment of zeros. All of it is reserved: too little memory is an error here and not a crash
+  // later. Throws RuntimeFailure with the system's reason.
   static SharedSegment create(std::size_t size);
 
-  // Maps what another process has created. Throws RuntimeFailure.
-  static SharedSegment open(const std::string& name, std::size_t size);
+  // Maps what another process of this machine offers at `path`. Throws RuntimeFailure. In another container the path
+  // can lead to something else: users compare a number that only the creator can have written.
+  static SharedSegment open(const std::string& path, std::size_t size);
 
   SharedSegment() = default;
   SharedSegment(SharedSegment&& other) noexcept;
@@ -23,18 +27,17 @@ class SharedSegment {
   ~SharedSegment();
 
   std::span<std::byte> bytes() const { return bytes_; }
-  const std::string& name() const { return name_; }
 
-  // Takes the name away, in the process that has created it; the memory lives while anybody has it mapped. To be called
-  // as soon as everybody has opened it, so that no crash leaves it behind.
-  void unlink() noexcept;
+  // Where other processes can open it, in the process that has created it.
+  std::string path() const;
+  // Once they have. The memory lives while anybody has it mapped.
+  void stop_offering() noexcept;
 
  private:
-  SharedSegment(std::string name, std::span<std::byte> bytes, bool linked);
+  SharedSegment(int file, std::size_t size);
 
-  std::string name_;
   std::span<std::byte> bytes_;
-  bool linked_ = false;
+  int file_ = -1;  // while offered
 };
 
 }  // namespace hvd_backup

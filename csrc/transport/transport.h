@@ -42,8 +42,12 @@ class Transport {
 
   // Withdraws the receives with this tag, from whichever peer, that nothing has arrived for: their callbacks never
   // run. Returns whether none is left; false while one is in the middle of arriving, which ends like any other: ask
-  // again after progress(). What peers have sent with this tag stays pending there.
+  // again after progress(). What peers have sent with this tag stays pending there. What this rank has sent with it and
+  // nobody has taken may be withdrawn, too.
   virtual bool cancel_receives(int tag) = 0;
+
+  // Sends the same data to each of `peers`, which may cost less than one by one. `on_done` runs once, after all.
+  virtual void start_send_to_all(std::span<const int> peers, int tag, std::span<const std::byte> data, OnDone on_done);
 
   // Completes what can be completed and runs the callbacks, which may start new transfers. Returns whether anything
   // was completed.

@@ -88,7 +88,7 @@ class GradientExchange:
         self._first_order: list[int] = []
         self._sent: hyperparameters.Hyperparameters = []
         self._loaded = False
-        self._loaded_versions: list[int] = []
+        self._versions_in_hand: list[int] | None = None
         self._start_afresh()
         for index in range(len(named)):
             self._register_hook(index)
@@ -242,7 +242,6 @@ class GradientExchange:
             hyperparameters.install(self._optimizer.param_groups, hyperparameters.decode(metadata))
         self._buckets.show_results(self._options.postscale)
         self._loaded = True
-        self._loaded_versions = self._buckets.result_versions()
 
     def apply(self) -> None:
         """See Framework."""
@@ -267,12 +266,17 @@ class GradientExchange:
 
     # --- the end of a step ---
 
-    def complete(self, may_have_changed: bool) -> None:
-        """Applies what synchronize() has left in p.grad. may_have_changed: the user had a chance to change it."""
+    def hand_to_user(self) -> None:
+        """Between synchronize() and complete() the user does something: with backup workers, gradients must stay."""
+        if self._buckets is not None and self._loaded and self.training.backup_workers > 0:
+            self._versions_in_hand = self._buckets.result_versions()
+
+    def complete(self) -> None:
+        """Applies what synchronize() has left in p.grad."""
         self.training.check_usable()
         assert self._buckets is not None
-        must_be_same = may_have_changed and self._loaded and self.training.backup_workers > 0
-        if must_be_same and self._buckets.result_versions() != self._loaded_versions:
+        before, self._versions_in_hand = self._versions_in_hand, None
+        if before is not None and self._buckets.result_versions() != before:
             raise UsageError(
                 "gradients were changed between synchronize() and step(). With backup workers a late rank applies this "
                 "update, too, and must change them alike: optimizer.on_update(fn, when='before') runs fn on every "

@@ -52,20 +52,20 @@ class DistributedStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        may_have_changed = self._exchange.synchronized
+        is_synchronized = self._exchange.synchronized
         if not self._synchronizes:
-            if not may_have_changed:
+            if not is_synchronized:
                 raise UsageError("step() within skip_synchronize(): call synchronize() before it")
-        elif may_have_changed:
+        elif is_synchronized:
             warnings.warn(
                 "optimizer.step() called without optimizer.skip_synchronize() context after optimizer.synchronize(). "
                 "Put it into one: with optimizer.skip_synchronize(): optimizer.step()",
                 stacklevel=2,
             )
-        else:
-            self.synchronize()
         with torch.no_grad():
-            self._exchange.complete(may_have_changed)
+            if not is_synchronized:
+                self._exchange.synchronize()
+            self._exchange.complete()
         return loss
 
     def synchronize(self) -> None:
@@ -76,6 +76,7 @@ class DistributedStep(torch.optim.Optimizer):
         """
         with torch.no_grad():
             self._exchange.synchronize()
+        self._exchange.hand_to_user()
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:

@@ -1,0 +1,52 @@
+// The messages of the MPI transport: MPI_Isend, MPI_Improbe and MPI_Imrecv, so that a receiver learns the size from the
+// message, on a communicator of their own. No call waits for a peer.
+#pragma once
+
+#include <mpi.h>
+
+#include <cstddef>
+#include <deque>
+#include <utility>
+#include <vector>
+
+#include "transport/mpi_handle.h"
+#include "transport/slots.h"
+#include "transport/transport.h"
+
+namespace hvd_backup {
+
+class MpiMessages {
+ public:
+  explicit MpiMessages(MPI_Comm original);  // collective: duplicates it
+  ~MpiMessages() { close(); }
+
+  // As in transport.h.
+  void send(int peer, Bytes message);
+  bool receive(int* from, Bytes* message);
+
+  void progress();
+  std::size_t pending() const { return unfinished_.size(); }
+
+  // Cancels what has not arrived and leaves to MPI what has not been taken. Idempotent.
+  void close() noexcept;
+
+ private:
+  struct Unfinished {
+    int peer = 0;
+    bool incoming = false;
+    bool arrived = false;
+    Bytes content;
+  };
+
+  void accept(MatchedMessage& matched);
+  void release_arrived(int peer);
+
+  Communicator comm_;
+  int rank_ = 0;
+  Slots<Unfinished> unfinished_;
+  RequestSet requests_;                            // numbered as in unfinished_
+  std::vector<std::deque<std::size_t>> arriving_;  // for each peer, messages that are matched and not handed out
+  std::deque<std::pair<int, Bytes>> ready_;
+};
+
+}  // namespace hvd_backup

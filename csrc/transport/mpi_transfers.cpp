@@ -1,0 +1,74 @@
+#include "transport/mpi_transfers.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+namespace hvd_backup {
+
+void MpiTransfers::start_send(MPI_Comm comm, int peer, int tag, std::span<const std::byte> data, OnDone on_done) {
+  start({.peer = peer, .expected = data.size(), .on_done = std::move(on_done)},
+        [&](std::size_t offset, int bytes, MPI_Request* request) {
+          return MPI_Isend(data.data() + offset, bytes, MPI_BYTE, peer, tag, comm, request);
+        });
+}
+
+void MpiTransfers::start_receive(MPI_Comm comm, int peer, int tag, int name, std::span<std::byte> data,
+                                 OnDone on_done) {
+  start({.receives = true, .peer = peer, .name = name, .expected = data.size(), .on_done = std::move(on_done)},
+        [&](std::size_t offset, int bytes, MPI_Request* request) {
+          return MPI_Irecv(data.data() + offset, bytes, MPI_BYTE, peer, tag, comm, request);
+        });
+}
+
+template <class StartPiece>
+void MpiTransfers::start(Operation operation, StartPiece start_piece) {
+  const std::size_t bytes = operation.expected;
+  const char* doing = operation.receives ? "receiving from" : "sending to";
+  const int peer = operation.peer;
+  operation.pieces = (bytes + piece_bytes_ - 1) / piece_bytes_;
+  const std::size_t number = operations_.add(std::move(operation));
+  for (std::size_t offset = 0; offset < bytes; offset += piece_bytes_) {
+    Request request;
+    check_mpi(start_piece(offset, static_cast<int>(std::min(piece_bytes_, bytes - offset)), request.address()), doing,
+              peer);
+    requests_.add(std::move(request), number);
+  }
+}
+
+bool MpiTransfers::cancel_receives(int name) {
+  const auto concerned = [name](const Operation& operation) {
+    return operation.receives && operation.name == name && operation.pieces > 0;
+  };
+  const auto& all = operations_.all();
+  if (std::none_of(all.begin(), all.end(), concerned)) return true;
+  requests_.cancel([&](std::size_t number) { return concerned(operations_[number]); });
+  return false;  // until MPI has told what became of them
+}
+
+void MpiTransfers::progress(std::vector<OnDone>* finished) {
+  for (const RequestSet::Finished& request : requests_.take_finished()) finish(request, finished);
+}
+
+void MpiTransfers::finish(const RequestSet::Finished& finished, std::vector<OnDone>* callbacks) {
+  Operation& operation = operations_[finished.number];
+  check_mpi(finished.code, operation.receives ? "receiving from" : "sending to", operation.peer);
+  operation.received += finished.bytes;
+  operation.cancelled = operation.cancelled || finished.cancelled;
+  if (--operation.pieces > 0) return;
+  Operation ended = operations_.remove(finished.number);
+  if (ended.cancelled) return;
+  if (ended.receives && ended.received != ended.expected) {
+    throw RuntimeFailure("a transfer from rank " + std::to_string(ended.peer) + " has " +
+                         std::to_string(ended.received) + " bytes, " + std::to_string(ended.expected) +
+                         " were expected");
+  }
+  callbacks->push_back(std::move(ended.on_done));
+}
+
+void MpiTransfers::close() noexcept {
+  requests_.abandon([this](std::size_t number) { return operations_[number].receives; });
+  operations_ = {};
+}
+
+}  // namespace hvd_backup
