@@ -1,4 +1,4 @@
-"""What the training threads of tests/control_world.py do: followed and unfollowed epochs, collectives, leaving early.
+"""What the training threads of tests/control_world.py do: epochs with and without follow, collectives, leaving early.
 
 Each program is a generator that makes the calls that hvd_backup.training, follow and first_n make, in the same order,
 and yields after each, so that a schedule can put anything in between.
@@ -6,16 +6,18 @@ and yields after each, so that a schedule can put anything in between.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 from hvd_backup._core_testing import compose
 
-from tests.control_world import ChannelFailed, ChannelSpec, Line, Program, World, check
+from tests.control_rank import ChannelFailed, ChannelSpec, Line, Program, check
+from tests.control_world import World
 
-Waiting = Generator[bool, None, dict[str, Any]]
+
+class LeavesNow(Exception):
+    """The program's own exception."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,19 @@ class Data:
     stop_after: int | None = None
 
 
-class LeavesNow(Exception):
-    """The program's own exception."""
+@dataclass(frozen=True)
+class Epoch:
+    """data: of each rank. barrier: all ranks meet afterwards, and where align_every says, in a collective of their own."""
+
+    data: tuple[Data, ...]
+    followed: bool = True
+    align_every: int = 0
+    barrier: bool = False
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The program of `rank` ends in its step-th step, when it has handed over so many buckets; -1: before it opens anything.
+    """The program of `rank` ends in its step-th step, with so many buckets handed over; -1: before it opens anything.
 
     planned: it leaves without saying that anything went wrong.
     """
@@ -48,29 +56,22 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """data: of each rank. barrier: all ranks meet afterwards, in a collective of their own."""
-
-    data: tuple[Data, ...]
-    followed: bool = True
-    align_every: int = 0
-    barrier: bool = False
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What all ranks do. last_epoch: of each rank, after which it exits; None: goes through all."""
+    """What all ranks do: epochs over all channels, or (by rank) calls of collectives.
+
+    last_epoch: of each rank, after which it exits; None: it goes through all.
+    """
 
     size: int
     specs: tuple[ChannelSpec, ...]
     epochs: tuple[Epoch, ...] = ()
     last_epoch: tuple[int | None, ...] = ()
     failure: Failure | None = None
-    calls: tuple[tuple[str, ...], ...] = ()  # of collectives, by rank
+    calls: tuple[tuple[str, ...], ...] = ()
 
-    def world(self, may_stop: bool = True) -> World:
+    def world(self) -> World:
         """A world in which every rank is about to begin."""
-        world = World(self.size, list(self.specs), may_stop)
+        world = World(self.size, self.specs)
         for rank in world.ranks:
             body = collectives(world, rank.rank, self) if self.calls else training(world, rank.rank, self)
             rank.program = until_exit(world, rank.rank, body)
@@ -82,108 +83,50 @@ def until_exit(world: World, r: int, body: Program) -> Program:
     failure = ""
     try:
         yield from body
-    except ChannelFailed as error:
+    except (ChannelFailed, LeavesNow) as error:
         failure = str(error)
-    except LeavesNow as error:
-        failure = str(error)
-    rank = world.ranks[r]
-    for line in rank.lines.values():
+    for line in world.ranks[r].lines.values():
         line.member.withdraw()
         line.collect()
     world.leave(r, failure)
-    yield True
-    while not rank.all_gone:
-        yield False
-
-
-def opened(line: Line) -> Program:
-    while line.id is None:
-        usable(line)
-        yield False
-
-
-def usable(line: Line) -> None:
-    if line.failure:
-        raise ChannelFailed(line.failure)
-
-
-def wait(line: Line) -> Waiting:
-    """Channel.wait()."""
-    usable(line)
-    while not line.member.next():
-        if len(line.world.specs) > 1:
-            line.member.announce_waiting()
-        yield False
-        usable(line)
-    return line.take()
-
-
-def caught_up(line: Line) -> Generator[bool, None, str]:
-    """Applies all that was missed; returns "resume" or "over"."""
-    while (update := (yield from wait(line)))["kind"] == "update":
-        yield True
-    return str(update["kind"])
-
-
-def step(line: Line, plan: Plan, count: int) -> Program:
-    """backward() and step()."""
-    usable(line)
-    line.begin(1.0 + line.rank, f"{line.spec.name} {line.rank} {count}")
-    failure = plan.failure
-    fails = failure is not None and failure.rank == line.rank and failure.step == count
-    for bucket in range(len(line.spec.layout)):
-        if fails and failure is not None and failure.buckets == bucket:
-            raise failure.leave()
-        line.submit(bucket)
-        yield True
-    while (update := (yield from wait(line)))["kind"] == "update" and not update["contributed"]:
-        yield True
-        if line.spec.kind == "collective":  # its result is the outcome of this very call
-            break
-    yield True
+    yield False
 
 
 def training(world: World, r: int, plan: Plan) -> Program:
-    """All epochs, over all channels (a GAN has two)."""
-    lines = []
+    """All epochs, each step over all channels (a GAN has two)."""
     if plan.failure is not None and (plan.failure.rank, plan.failure.step) == (r, -1):
         raise plan.failure.leave()
-        yield
+    lines = []
     for spec in plan.specs:
-        lines.append(line := world.line(r, spec.name))
-        yield from opened(line)
+        lines.append(line := world.open(r, spec.name))
+        while line.id is None:
+            usable(line)
+            yield False
     steps = 0
-    last = plan.last_epoch[r] if plan.last_epoch else None
     for number, epoch in enumerate(plan.epochs):
         if epoch.followed:
-            steps = yield from followed(lines, plan, epoch, steps, number)
+            steps = yield from followed(lines, plan, number, steps)
         else:
             for _ in range(epoch.data[r].batches):
                 for line in lines:
                     yield from step(line, plan, steps)
                 steps += 1
             for line in lines:
-                yield from leave(line)
-        if last == number:
+                usable(line)
+                line.member.leave()
+                yield True
+                yield from caught_up(line)
+        if plan.last_epoch and plan.last_epoch[r] == number:
             return
         if epoch.barrier:
-            all_here = world.meet(r, number)
-            while not all_here():
-                yield False
+            yield from full_collective(world, r, number)
 
 
-def leave(line: Line) -> Program:
-    """leave_round(): this rank enters a full collective."""
-    usable(line)
-    line.member.leave()
-    yield True
-    yield from caught_up(line)
-
-
-def followed(lines: list[Line], plan: Plan, epoch: Epoch, steps: int, number: int) -> Generator[bool, None, int]:
-    """A loop over follow()."""
-    first, world, data = lines[0], lines[0].world, epoch.data[lines[0].rank]
-    start = first.member.step
+def followed(lines: list[Line], plan: Plan, number: int, steps: int) -> Generator[bool, None, int]:
+    """A loop over follow(); returns how many steps this rank has made in all."""
+    first, epoch = lines[0], plan.epochs[number]
+    data = epoch.data[first.rank]
+    start, seen, own = first.member.step, [], 0
     running = True
     for line in lines:
         usable(line)
@@ -191,7 +134,6 @@ def followed(lines: list[Line], plan: Plan, epoch: Epoch, steps: int, number: in
         line.member.begin_round(length, epoch.align_every if line is first else 0)
         yield True
         running = (yield from caught_up(line)) == "resume" and running
-    own = 0
     while running:
         while not first.member.round_over and (end := first.member.round_end) is not None and first.member.step >= end:
             if (yield from caught_up(first)) == "over":
@@ -199,23 +141,20 @@ def followed(lines: list[Line], plan: Plan, epoch: Epoch, steps: int, number: in
         if first.member.round_over or first.member.step - start >= data.batches or own == data.stop_after:
             break
         for line in lines:
-            yield from step(line, plan, steps)
-        steps += 1
-        own += 1
-        at = first.member.step
-        if epoch.align_every and at > start and at % epoch.align_every == 0 and first.alignments[-1:] != [at]:
-            first.alignments.append(at)
-            if epoch.barrier and len(lines) == 1:
-                all_here = world.meet(first.rank, (number, at))
-                while not all_here():
-                    yield False
+            try:
+                yield from step(line, plan, steps)
+            except LeavesNow:
+                for each in lines:
+                    each.member.away()
+                raise
+        steps, own, at = steps + 1, own + 1, first.member.step
+        if epoch.align_every and at > start and at % epoch.align_every == 0 and seen[-1:] != [at]:
+            seen.append(at)
+            if epoch.barrier:
+                yield from full_collective(first.world, first.rank, (number, at))
     if epoch.align_every and own != data.stop_after:
-        at = first.member.step
-        meetings = [at for at in range(start + 1, at + 1) if at % epoch.align_every == 0]
-        check(
-            first.alignments == meetings, f"rank {first.rank} was at {first.alignments}, the others met at {meetings}"
-        )
-    first.alignments.clear()
+        meetings = [at for at in range(start + 1, first.member.step + 1) if at % epoch.align_every == 0]
+        check(seen == meetings, f"rank {first.rank} was at {seen}, the others met at {meetings}")
     yield from end_rounds(lines)
     return steps
 
@@ -240,9 +179,9 @@ def end_rounds(lines: list[Line]) -> Program:
 
 
 def collectives(world: World, r: int, plan: Plan) -> Program:
-    """Calls by name of the channel: first_n_allreduce, or allreduce when all ranks are required. "join": join().
+    """Calls by name of the channel: first_n_allreduce, or allreduce where all ranks are required. "join": join().
 
-    "full:name": a full collective, which pauses this rank in the channels that do not require it, and meets in `name`.
+    "full:name": a full collective, which pauses this rank in the channels that do not require all, and meets in `name`.
     """
     lines: dict[str, Line] = {}
     for count, call in enumerate(plan.calls[r]):
@@ -257,66 +196,54 @@ def collectives(world: World, r: int, plan: Plan) -> Program:
             world.send(r, compose("Pause"))
             yield True
         if name not in lines:
-            lines[name] = world.line(r, name)
-            yield from opened(lines[name])
+            lines[name] = world.open(r, name)
+            while lines[name].id is None:
+                usable(lines[name])
+                yield False
         yield from step(lines[name], plan, count)
 
 
-def random_collectives(rng: random.Random) -> Plan:
-    """Ranks that call first_n_allreduce a different number of times, meet in full collectives, and join."""
-    size = rng.randint(1, 5)
-    required, max_lag = rng.randint(1, size), rng.choice([1, 2, 16])
-    specs, calls = [], [[] for _ in range(size)]  # type: ignore[var-annotated]
-    for era in range(rng.randint(1, 2)):
-        first_n = ChannelSpec(f"first_n[{era}]", "collective", required, max_lag=max_lag, wait_for_all=False)
-        full = ChannelSpec(f"meeting[{era}]", "collective", size, max_lag=max_lag, wait_for_all=False)
-        specs += [first_n, full]
-        for _ in range(rng.randint(0, 3)):
-            most = rng.randint(0, 6)
-            for own in calls:
-                # Fewer than the others: those go on without it, as far as the journal reaches.
-                fewer = rng.randint(0, most) if required < size and max_lag == 16 and rng.random() < 0.3 else most
-                own += [first_n.name] * fewer + [f"full:{full.name}"]
-        most = rng.randint(0, 6)
-        for own in calls:
-            own += [first_n.name] * rng.randint(0, most) + ["join"]
-    return Plan(size, tuple(specs), calls=tuple(tuple(own) for own in calls))
+def full_collective(world: World, r: int, where: object) -> Program:
+    all_here = world.barrier(r, where)
+    while not all_here():
+        yield False
 
 
-def random_plan(rng: random.Random) -> Plan:
-    """Any training that must come to its end: nothing of it asks for what the design does not promise."""
-    size = rng.randint(1, 5)
-    required = rng.randint(1, size)
-    layout = rng.choice([(0,), (0, 0), (0, 1), (0, 0, 1, 2)])
-    specs = []
-    for number in range(rng.choice([1, 1, 1, 2])):
-        specs.append(
-            ChannelSpec(
-                name=f"optimizer.{number}",
-                required=required,
-                layout=layout,
-                arrive_first=rng.random() < 0.6,
-                grace_us=rng.choice([0, 0, 100, 1000]),
-                max_misses=rng.choice([0, 0, 1, 3]),
-                max_lag=rng.choice([1, 2, 5, 64]),
-            )
-        )
-    epochs = []
-    for _ in range(rng.randint(1, 3)):
-        style = rng.choice(["equal", "equal", "uneven", "unknown", "mixed", "break", "align", "unfollowed"])
-        most = rng.choice([0, 1, 3, 6, 20])
-        data = []
-        for _ in range(size):
-            batches = most if style in ("equal", "align", "break") else rng.randint(0, most)
-            known = style not in ("unknown", "mixed") or (style == "mixed" and rng.random() < 0.5)
-            stop = rng.randint(0, most) if style == "break" and rng.random() < 0.4 else None
-            data.append(Data(batches, known, stop))
-        align = rng.randint(1, 4) if style == "align" else 0
-        barrier = rng.random() < (0.5 if style == "align" and len(specs) == 1 else 0.3)
-        epochs.append(Epoch(tuple(data), style != "unfollowed", align, barrier))
-    last = tuple(rng.randrange(len(epochs)) if rng.random() < 0.1 else None for _ in range(size))
-    failure = None
-    if rng.random() < 0.3 and not any(epoch.barrier for epoch in epochs):
-        planned = rng.random() < 0.3
-        failure = Failure(rng.randrange(size), rng.randint(-1, 8), rng.randint(0, len(layout) - 1), planned)
-    return Plan(size, tuple(specs), tuple(epochs), last, failure)
+def usable(line: Line) -> None:
+    if line.failure:
+        raise ChannelFailed(line.failure)
+
+
+def wait(line: Line) -> Generator[bool, None, dict[str, Any]]:
+    """Channel.wait()."""
+    usable(line)
+    while not line.member.next():
+        if len(line.world.specs) > 1:
+            line.member.announce_waiting()
+        yield False
+        usable(line)
+    return line.take()
+
+
+def caught_up(line: Line) -> Generator[bool, None, str]:
+    """Applies all that was missed; returns "resume" or "over"."""
+    while (update := (yield from wait(line)))["kind"] == "update":
+        yield True
+    return str(update["kind"])
+
+
+def step(line: Line, plan: Plan, count: int) -> Program:
+    """backward() and step(); or one collective, of which the outcome is the result of this very call."""
+    usable(line)
+    line.begin(1.0 + line.rank, f"{line.spec.name} {line.rank} {count}")
+    failure = plan.failure
+    for bucket in range(len(line.spec.layout)):
+        if failure is not None and (failure.rank, failure.step, failure.buckets) == (line.rank, count, bucket):
+            raise failure.leave()
+        line.submit(bucket)
+        yield True
+    while (update := (yield from wait(line)))["kind"] == "update" and not update["contributed"]:
+        yield True
+        if line.spec.kind == "collective":
+            break
+    yield True

@@ -125,7 +125,8 @@ def test_two_optimizers_in_one_program() -> None:
                     step_once(maker, maker_optimizer, number)
             check_equal(critic, maker, optimizer=critic_optimizer)
             check_equal(critic, maker, optimizer=maker_optimizer)
-        assert critic_optimizer.global_step == 2 * max(lengths)
+        # A rank that was turned away because it was out of phase has used up a batch without a step.
+        assert 2 * max(lengths) - 4 <= critic_optimizer.global_step <= 2 * max(lengths), critic_optimizer.global_step
         assert 0 < maker_optimizer.global_step < critic_optimizer.global_step
 
 

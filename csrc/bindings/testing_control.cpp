@@ -327,6 +327,7 @@ void register_policies(nb::module_& module) {
       .def("is_over", &Rounds::is_over, "round"_a)
       .def("end_of", &Rounds::end_of, "round"_a)
       .def("begin", &Rounds::begin, "rank"_a, "length"_a, "align_every"_a = 0)
+      .def("has_begun", &Rounds::has_begun, "rank"_a)
       .def("planned_end", &Rounds::planned_end, "gone"_a)
       .def("fix_end", &Rounds::fix_end, "step"_a)
       .def("close", &Rounds::close, "end"_a);

@@ -1,0 +1,131 @@
+"""Hears all that is said in the world of tests/control_world.py, and checks the coordinator's decisions and records.
+
+Its own model of who can contribute is written from the design's words (section 3, rule 7), not from the coordinator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tests.control_rank import ChannelSpec, check
+
+if TYPE_CHECKING:
+    from tests.control_world import World
+
+Key = tuple[str, int, int]  # channel, step, scope
+
+
+class Witness:
+    """See above. Invariants are named as in DESIGN, section 1."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.names: dict[int, str] = {}
+        self.away: dict[str, set[int]] = {name: set() for name in world.specs}
+        self.gone: set[int] = set()
+        self.paused: set[int] = set()
+        self.joined: set[int] = set()
+        self.contributors: dict[Key, list[int]] = {}  # of the last decision, without who has withdrawn since
+        self.excused: dict[Key, set[int]] = {}  # who could not contribute to it
+        self.withdrawals = 0
+
+    # --- what the coordinator gets to know ---
+
+    def hear(self, r: int, body: dict[str, Any]) -> None:
+        kind = body["message"]
+        name = self.names.get(body.get("channel", -1), "")
+        if kind in ("Away", "Leave"):
+            self.away[name].add(r)
+        elif kind in ("Arrive", "BeginRound"):
+            self.away[name].discard(r)
+            if not self._is_of_all(self.world.specs[name]):
+                self.paused.discard(r)
+        elif kind == "Exit":
+            self.gone.add(r)
+        elif kind == "Pause":
+            self.paused.add(r)
+        elif kind == "Join":
+            self.joined.add(r)
+        elif kind == "Withdraw":
+            self.withdrawals += 1
+
+    # --- what it says ---
+
+    def records(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            name, event, key = record["channel"], record["event"], (record["channel"], record["step"], record["scope"])
+            if event == "dropped":
+                gradient = self.world.ranks[record["ranks"][0]].lines[name].gradient
+                check(gradient is not None, f"I7: there is no such gradient: {record}")
+                assert gradient is not None
+                gradient.recorded = True
+            elif event == "replaced":
+                self.contributors[key] = [r for r in self.contributors[key] if r not in record["ranks"]]
+            elif event == "decision":
+                self._decided(record, key)
+            elif event == "round_over":
+                self.away[name].clear()
+
+    def replies(self, replies: list[tuple[int, dict[str, Any]]]) -> None:
+        decisions: dict[Any, tuple[dict[str, Any], set[int]]] = {}
+        for to, body in replies:
+            if body["message"] == "Opened":
+                self.names[body["channel"]] = body["name"]
+            elif body["message"] == "Joined":
+                self.joined.discard(to)
+            elif body["message"] == "Decision":
+                decisions.setdefault(body["tag"], (body, set()))[1].add(to)
+        for body, told in decisions.values():
+            self._sent(body, told)
+
+    def queue(self, to: int, length: int) -> None:
+        """I4: what waits for a rank that is stopped has a fixed bound."""
+        specs = self.world.specs.values()
+        bound = sum(spec.scopes for spec in specs) * (1 + self.withdrawals) + 3 * len(specs) + 2
+        check(length <= bound, f"I4: {length} messages wait for rank {to}, at most {bound} may")
+
+    # --- inside ---
+
+    def _is_of_all(self, spec: ChannelSpec) -> bool:
+        return spec.kind == "collective" and spec.required >= self.world.size
+
+    def _decided(self, record: dict[str, Any], key: Key) -> None:
+        name, step, _ = key
+        spec = self.world.specs[name]
+        if self._is_of_all(spec):
+            self.paused -= set(record["ranks"])  # they come out of the full collective that had paused them
+        excused = self.away[name] | self.gone
+        if spec.kind == "collective":
+            excused |= self.joined | (set() if self._is_of_all(spec) else self.paused)
+        self.excused[key] = excused
+        self.contributors[key] = record["ranks"]
+        check(all(base == step for base in record["bases"]), f"I2: {record}")
+        able = set(range(self.world.size)) - excused - set(record["ranks"])
+        check(len(record["ranks"]) >= spec.required or not able, f"I3: {able} could have contributed: {record}")
+        still_ask = [r for r in self.world.ranks if r.rank not in self.gone | self.joined]
+        behind = min(r.lines[name].member.step if name in r.lines else 0 for r in still_ask)
+        check(step + 1 - behind <= spec.max_lag, f"I5: a rank is at step {behind}, max_lag={spec.max_lag}: {record}")
+
+    def _sent(self, body: dict[str, Any], told: set[int]) -> None:
+        name = self.names[body["channel"]]
+        lines = {r.rank: r.lines[name] for r in self.world.ranks if name in r.lines}
+        step, contributors = body["step"], body["contributors"]
+        check(told == set(contributors), f"I4: sent to {told}: {body}")
+        check(contributors == sorted(set(contributors)), f"I3: {body}")
+        check(contributors == self.contributors[name, step, body["scope"]], f"I3: not what is on record: {body}")
+        for r, weight in zip(contributors, body["weights"], strict=True):
+            gradient = lines[r].gradient
+            check(gradient is not None and gradient.base == step, f"I2: rank {r} has computed {gradient}: {body}")
+            check(gradient is not None and gradient.samples == weight, f"I3: rank {r} has given {gradient}: {body}")
+        check(body["samples"] == sum(body["weights"]), f"I3: {body}")
+        lowest = lines[contributors[0]].gradient
+        if body["scope"] == 0 and lowest is not None:
+            check(body["metadata"] == lowest.metadata, f"I1: metadata of rank {contributors[0]}, {lowest}: {body}")
+        self._check_tags(body, 2 * len(self.world.specs[name].layout))
+
+    def _check_tags(self, body: dict[str, Any], width: int) -> None:
+        for line in (line for rank in self.world.ranks for line in rank.lines.values()):
+            for running in line.reductions.values():
+                end = running["tag"] + 2 * len(line.spec.layout)
+                apart = end <= body["tag"] or body["tag"] + width <= running["tag"]
+                check(apart, f"rank {line.rank} uses tags of {body} for {running}")

@@ -1,0 +1,217 @@
+"""The rules of csrc/control/policy.h and rounds.h and of csrc/engine/idle.h: what each says on each side of each boundary."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_backup._core_testing import (
+    Rounds,
+    close_decision,
+    nap_us,
+    needed_arrivals,
+    reentry_saving_us,
+    reentry_wait_us,
+    resume_now,
+)
+
+counts = st.integers(0, 100)
+
+
+@pytest.mark.parametrize(
+    ("required", "arrived", "able", "needed"),
+    [
+        (3, 0, 4, 3),  # N
+        (3, 2, 1, 3),
+        (3, 1, 1, 2),  # capped by who still can
+        (3, 0, 1, 1),
+        (3, 0, 0, 1),  # never without anybody
+        (1, 0, 4, 1),
+        (4, 4, 0, 4),
+    ],
+)
+def test_needed_arrivals(required: int, arrived: int, able: int, needed: int) -> None:
+    assert needed_arrivals(required, arrived, able) == needed
+
+
+@given(st.integers(1, 100), counts, counts)
+def test_needed_arrivals_can_be_reached_if_anybody_can_come(required: int, arrived: int, able: int) -> None:
+    needed = needed_arrivals(required, arrived, able)
+    assert 1 <= needed <= max(1, required)
+    assert needed <= max(1, arrived + able)
+
+
+def test_a_decision_waits_for_the_nth_arrival() -> None:
+    verdict = close_decision(required=3, arrived=2, able=2)
+    assert not verdict.yes
+    assert verdict.look_again is None
+    assert verdict.reason == "2 of 3 have arrived"
+
+
+def test_a_decision_closes_with_the_nth_arrival() -> None:
+    verdict = close_decision(required=3, arrived=3, able=1, now=50, nth_arrival=50)
+    assert verdict.yes
+    assert verdict.reason == "3 needed have arrived"
+
+
+def test_nobody_is_no_decision() -> None:
+    assert not close_decision(required=3, arrived=0, able=0).yes
+
+
+@pytest.mark.parametrize("now", [100, 101, 149])
+def test_within_the_grace_time_it_waits(now: int) -> None:
+    verdict = close_decision(required=2, arrived=2, able=1, now=now, grace_us=50, nth_arrival=100)
+    assert (verdict.yes, verdict.look_again) == (False, 150)
+    assert verdict.reason == "the grace time runs"
+
+
+@pytest.mark.parametrize("now", [150, 151])
+def test_the_grace_time_ends(now: int) -> None:
+    assert close_decision(required=2, arrived=2, able=1, now=now, grace_us=50, nth_arrival=100).yes
+
+
+def test_all_that_can_have_arrived_need_no_grace_time() -> None:
+    verdict = close_decision(required=2, arrived=3, able=0, now=101, grace_us=50, nth_arrival=100)
+    assert verdict.yes
+    assert verdict.reason == "all that can have arrived"
+
+
+def test_a_rank_that_is_owed_its_turn_is_waited_for_without_limit() -> None:
+    verdict = close_decision(required=2, arrived=2, able=1, owed=True, now=10**9, nth_arrival=100)
+    assert (verdict.yes, verdict.look_again) == (False, None)
+    assert "max_misses" in verdict.reason
+
+
+def test_re_entry_is_a_grace_time_of_its_own() -> None:
+    waits = close_decision(required=2, arrived=2, able=1, now=129, grace_us=10, reentry_us=30, nth_arrival=100)
+    assert (waits.yes, waits.look_again) == (False, 130)
+    assert waits.reason == "a rank that has caught up comes back"
+    assert close_decision(required=2, arrived=2, able=1, now=130, grace_us=10, reentry_us=30, nth_arrival=100).yes
+    assert (
+        "grace"
+        in close_decision(required=2, arrived=2, able=1, now=105, grace_us=30, reentry_us=10, nth_arrival=100).reason
+    )
+
+
+def test_a_re_entry_is_waited_for_once_it_has_been_saved_up() -> None:
+    typical, handicap = 6400, 1000
+    cost = handicap + typical // 32
+    assert reentry_saving_us(typical) == 100
+    assert reentry_wait_us(cost - 1, handicap, typical) == 0
+    assert reentry_wait_us(cost, handicap, typical) == cost
+
+
+@given(st.integers(1, 10**7), st.integers(0, 10**7), st.integers(1, 500))
+def test_all_waits_for_re_entries_cost_little(typical: int, handicap: int, steps: int) -> None:
+    """A rank that is late in every step, and is waited for whenever it can be, costs 1/64 of the time at most."""
+    saved = waited = 0
+    for _ in range(steps):
+        wait = reentry_wait_us(saved, handicap, typical)
+        waited += wait
+        saved += reentry_saving_us(typical) - wait
+        assert saved >= 0
+    assert waited <= steps * typical / 64
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "yes", "reason"),
+    [
+        (0, True, "the open step is young"),
+        (250, True, "the open step is young"),
+        (251, False, "waiting for the next step"),
+        (1249, False, "waiting for the next step"),
+        (1250, True, "the open step is overdue"),
+    ],
+)
+def test_a_rank_that_has_caught_up_starts_when_it_makes_sense(elapsed: int, yes: bool, reason: str) -> None:
+    verdict = resume_now(now=5000 + elapsed, opened=5000, typical_us=1000)
+    assert (verdict.yes, verdict.reason) == (yes, reason)
+    assert verdict.look_again == (None if yes else 5000 + 1250)
+
+
+def test_a_rank_that_is_needed_starts_at_once() -> None:
+    assert resume_now(now=5600, opened=5000, typical_us=1000, needed=True).reason == "this rank is needed"
+
+
+def test_before_a_step_has_been_timed_a_rank_starts_at_once() -> None:
+    assert resume_now(now=10**9, opened=0, typical_us=0).reason == "no step has been timed yet"
+
+
+@given(st.integers(0, 10**7), st.booleans())
+def test_naps_delay_by_two_percent_of_the_idle_time(idle_us: int, transfers: bool) -> None:
+    nap = nap_us(idle_us, transfers)
+    if idle_us < 50:
+        assert nap == 0
+    else:
+        assert 50 <= nap <= max(50, idle_us // 50)
+        assert nap <= (50 if transfers else 2000)
+    assert nap_us(idle_us + 1, transfers) >= nap
+
+
+def test_the_longest_nap() -> None:
+    assert nap_us(99_999, False) == 1999
+    assert nap_us(100_000, False) == nap_us(10**9, False) == 2000
+
+
+# --- rounds -------------------------------------------------------------------------------------------------------
+
+
+def begun(lengths: list[int | None]) -> Rounds:
+    rounds = Rounds(len(lengths))
+    for rank, length in enumerate(lengths):
+        if length is not None:
+            rounds.begin(rank, length)
+    return rounds
+
+
+NOBODY = [False, False, False]
+
+
+def test_a_round_that_is_not_followed_has_no_planned_end() -> None:
+    assert Rounds(3).planned_end(NOBODY) is None
+    assert not Rounds(3).followed
+
+
+@pytest.mark.parametrize(
+    ("lengths", "gone", "end"),
+    [
+        ([5, 3, 4], NOBODY, 5),  # the longest
+        ([5, None, 4], NOBODY, None),  # before the first round of a rank, nothing is known of it
+        ([5, -1, 4], NOBODY, None),  # one of unknown length
+        ([5, -1, 4], [False, True, False], 5),  # it has gone
+        ([5, 3, 4], [True, False, False], 4),
+        ([5, None, 4], [False, True, False], 5),
+        ([0, 0, 0], NOBODY, 0),
+    ],
+)
+def test_the_planned_end_is_that_of_the_longest(lengths: list[int | None], gone: list[bool], end: int | None) -> None:
+    assert begun(lengths).planned_end(gone) == end
+
+
+def test_rounds_follow_each_other() -> None:
+    rounds = begun([5, 5, 5])
+    rounds.close(5)
+    assert (rounds.current, rounds.start, rounds.followed) == (1, 5, False)
+    assert (rounds.is_over(0), rounds.is_over(1), rounds.end_of(0)) == (True, False, 5)
+    assert rounds.planned_end(NOBODY) is None
+    rounds.begin(1, 3)
+    assert rounds.planned_end(NOBODY) == 10, "the others count with their lengths in the round before"
+    rounds.begin(0, 3)
+    rounds.begin(2, 3)
+    assert rounds.planned_end(NOBODY) == 8
+    rounds.begin(2, 7)
+    assert rounds.planned_end(NOBODY) == 12, "a longer length that is told late"
+
+
+def test_an_end_that_was_fixed_counts_whatever_the_lengths_say() -> None:
+    rounds = begun([5, 5, 5])
+    rounds.fix_end(2)
+    assert rounds.planned_end(NOBODY) == 2
+    rounds.close(2)
+    assert rounds.planned_end(NOBODY) is None
+
+
+def test_who_has_begun_the_round() -> None:
+    rounds = begun([5, None, 5])
+    assert [rounds.has_begun(rank) for rank in range(3)] == [True, False, True]
+    rounds.close(5)
+    assert not rounds.has_begun(0)
