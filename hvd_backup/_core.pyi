@@ -47,7 +47,7 @@ class Engine:
         proposal: any bytes; the channel keeps those of the lowest rank among the first to open (see Channel.proposal).
         required: N, contributors waited for. grace_us, max_misses (0: off), max_lag: as in the design.
         arrive: "first" or "last" bucket of a scope.
-        average: results are means over the contributors, weighted by samples; otherwise plain sums. Integers are always summed.
+        average: results are means over the contributors, weighted by samples; otherwise sums. Integers: sums.
         wait_for_all: return only when all ranks have opened it (so that differences are found before the first step).
         """
 

@@ -32,7 +32,7 @@ def optimizers(rng: Random, size: int, count: int, required: int | None = None) 
 
 
 def epoch(rng: Random, size: int, most: int, alone: bool) -> Epoch:
-    """Any epoch. alone: with one optimizer; two and meetings of all ranks in the middle of an epoch do not go together."""
+    """Any epoch. alone: with one optimizer; two do not go together with meetings of all ranks inside an epoch."""
     style = rng.choice(["equal", "uneven", "unknown", "mixed", "break", "align", "unfollowed"])
     data = []
     for _ in range(size):
@@ -88,8 +88,9 @@ def collectives(rng: Random) -> Plan:
 def without_one(rng: Random) -> Plan:
     """Training that N ranks can do by themselves: nothing asks for all of them but the start.
 
-    Two contributors at least, so that every shard has two keepers. Equal lengths: a rank's length in its next epoch is known
-    before it begins. One optimizer with follow: the rounds of a second one are of unknown length, and end when all are away.
+    Two contributors at least, so that every shard has two keepers. Equal lengths: a rank's length in its next epoch is
+    known before it begins. One optimizer with follow: the rounds of a second one are of unknown length, and end when
+    all are away.
     """
     size = rng.randint(3, 5)
     count = rng.choice([1, 2])

@@ -31,7 +31,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Epoch:
-    """data: of each rank. barrier: all ranks meet afterwards, and where align_every says, in a collective of their own."""
+    """data: of each rank. barrier: all ranks meet afterwards, and where align_every says, in a full collective."""
 
     data: tuple[Data, ...]
     followed: bool = True

@@ -1,9 +1,6 @@
-"""The rules of csrc/control/policy.h and rounds.h and of csrc/engine/idle.h: what each says on each side of each boundary."""
+"""The rules of csrc/control/policy.h, rounds.h and csrc/engine/idle.h: what each says at its boundaries."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from hvd_backup._core_testing import (
     Rounds,
     close_decision,
@@ -13,6 +10,8 @@ from hvd_backup._core_testing import (
     reentry_wait_us,
     resume_now,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 counts = st.integers(0, 100)
 

@@ -1,4 +1,4 @@
-"""The control layer under adversarial schedules: every invariant, after every event, whatever happens in whatever order.
+"""The control layer under adversarial schedules: every invariant, after every event, in whatever order they come.
 
 Hypothesis finds and shrinks (the failing plan and schedule are printed); the seeded runs are for volume. More of both:
 

@@ -1,4 +1,4 @@
-"""What ranks say to each other: every message comes back as it was sent; bytes that are none are refused, at no cost."""
+"""What ranks say to each other: every message comes back as it was sent; bytes that are none are refused."""
 
 import resource
 import struct
@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hvd_backup._core_testing import compose, describe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from hvd_backup._core_testing import compose, describe
 
 int32 = st.integers(-(1 << 31), (1 << 31) - 1)
 int64 = st.integers(-(1 << 63), (1 << 63) - 1)
@@ -110,7 +109,7 @@ def test_a_message_comes_back_as_it_was_sent(message: tuple[str, dict[str, Any]]
 def test_a_message_that_is_cut_short_is_refused(message: tuple[str, dict[str, Any]], data: st.DataObject) -> None:
     whole = compose(message[0], **message[1])
     length = data.draw(st.integers(0, len(whole) - 1))
-    with pytest.raises(RuntimeError, match="malformed message: (it ends too early|a list is longer than the message)"):
+    with pytest.raises(RuntimeError, match=r"malformed message: (it ends too early|a list is longer than the message)"):
         describe(whole[:length])
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import time
 import warnings
 from typing import Any
 
@@ -344,6 +345,35 @@ def test_hyperparameters_travel_and_gradients_are_carried() -> None:
             assert round(max(contributions)) > 1 if late == "carry" else round(max(contributions)) == 1
         told = hvd.allgather_object((weight.detach().tolist(), contributions))
         assert told[0] == told[1]
+
+
+@pytest.mark.ranks(2)
+def test_updates_applied_outside_step_leave_the_gradients_alone() -> None:
+    """A rank that is late for the beginning of an epoch catches up in follow(), after it has zeroed its gradients."""
+    hvd.init()
+    rank = hvd.rank()
+    for views in (False, True):
+        weight = torch.nn.Parameter(torch.zeros(2, dtype=F64))
+        plain = torch.optim.SGD([weight], lr=1.0)
+        optimizer = hvd.DistributedOptimizer(plain, backup_workers=1, grace=0.1, gradient_as_bucket_view=views)
+        contributions: list[list[float]] = []
+
+        def note(update: Any, weight: Any = weight, contributions: Any = contributions) -> None:
+            contributions.append((weight.grad * len(update.contributors)).tolist())
+
+        optimizer.on_update(note, when="before")
+        for epoch in range(3):
+            if rank == 1 and epoch == 1:
+                time.sleep(0.35)
+            for _ in hvd.follow(range(6), optimizer):
+                assert weight.grad is None or weight.grad.tolist() == [0, 0], "an update has left its gradient behind"
+                weight[rank].backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=epoch == 0)
+        assert len(contributions) == 18 and all(value in (0, 1) for pair in contributions for value in pair)
+        told = hvd.allgather_object((weight.detach().tolist(), contributions))
+        assert told[0] == told[1]
+        assert [0, 1] not in contributions[6:9] and [1, 0] in contributions[6:9]
 
 
 @pytest.mark.ranks(2)
