@@ -164,7 +164,7 @@ def stop(job: subprocess.Popen[str], patience_s: float = 5.0) -> None:
     """Ends a job that still runs: asks `mpirun` first, and after `patience_s` seconds kills it and every rank."""
     if job.poll() is not None:
         return
-    family = [job.pid, *_descendants(job.pid)]  # before mpirun is gone: its orphans could no longer be found
+    family = [job.pid, *descendants(job.pid)]  # before mpirun is gone: its orphans could no longer be found
     job.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         job.wait(patience_s)
@@ -201,7 +201,7 @@ def _runs(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Processes below `pid`, from /proc. Ranks have process groups of their own, so killpg would not reach them."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):

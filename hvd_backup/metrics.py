@@ -74,7 +74,9 @@ class Metrics:
         """Where the bucket's result is to be written."""
         return self._result.buffer_info()[0]
 
-    def means(self) -> dict[str, float]:
-        """The means, from the bucket's result."""
+    def means(self, has_result: bool = True) -> dict[str, float]:
+        """The means, from the bucket's result; NaN when it has none."""
+        if not has_result:
+            return dict.fromkeys(self.names, math.nan)
         sums, counts = self._result[0::2], self._result[1::2]
         return {name: s / c if c > 0 else math.nan for name, s, c in zip(self.names, sums, counts, strict=True)}

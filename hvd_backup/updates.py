@@ -37,8 +37,12 @@ class Framework(Protocol):
     def gradient_started(self) -> bool:
         """Between backward() and step(): a gradient has been computed, or an averaged one waits to be applied."""
 
-    def load(self, metadata: bytes) -> None:
-        """Makes the result buffers the gradients, and the hyperparameters in `metadata` (b > 0) those of the update."""
+    def load(self, metadata: bytes, filled: list[bool]) -> None:
+        """Makes the result buffers the gradients, and the hyperparameters in `metadata` (b > 0) those of the update.
+
+        filled: for each bucket, whether there is a result; without one (all its contributors have left) it counts as
+        zero. When that is so for the first bucket, `metadata` is empty.
+        """
 
     def apply(self) -> None:
         """Applies what was loaded to the weights."""
@@ -219,7 +223,7 @@ class UpdateStream:
         self._own = None
         while (update := channel.wait()).kind == "update":
             if update.step == base:
-                used = self._used(update)
+                used = self._by_bucket(update, lambda ranks: self._place.rank in ranks)
             if update.contributed:
                 self._own = update
                 break
@@ -259,9 +263,10 @@ class UpdateStream:
     def _dropped_after_end(self) -> None:
         """The gradient was dropped because its round was over."""
 
-    def _used(self, update: Update) -> list[bool]:
-        mine = [self._place.rank in ranks for ranks in update.contributors[: self._gradient_scopes]]
-        return mine if self.policy.scope == "bucket" else mine * self._gradient_buckets
+    def _by_bucket(self, update: Update, holds: Callable[[list[int]], bool]) -> list[bool]:
+        """For each bucket of gradients, whether something holds for its contributors."""
+        verdicts = [holds(ranks) for ranks in update.contributors[: self._gradient_scopes]]
+        return verdicts if self.policy.scope == "bucket" else verdicts * self._gradient_buckets
 
     def _apply(self, update: Update) -> None:
         self._load(update)
@@ -270,11 +275,12 @@ class UpdateStream:
 
     def _load(self, update: Update) -> None:
         self._torn = _torn(update)
-        self._framework.load(update.metadata)
+        self._framework.load(update.metadata, self._by_bucket(update, lambda ranks: len(ranks) > 0))
         self._torn = ""
 
     def _apply_loaded(self, update: Update) -> None:
-        applied = describe_update(update, self._gradient_scopes, self._caught_up, self._metrics.means())
+        means = self._metrics.means(has_result=len(update.contributors[-1]) > 0)
+        applied = describe_update(update, self._gradient_scopes, self._caught_up, means)
         self._torn = _torn(update)
         for function in self.before_update:
             function(applied)

@@ -5,6 +5,7 @@ Its own model of who can contribute is written from the design's words (section 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from tests.control_rank import ChannelSpec, check
@@ -28,6 +29,7 @@ class Witness:
         self.contributors: dict[Key, list[int]] = {}  # of the last decision, without who has withdrawn since
         self.excused: dict[Key, set[int]] = {}  # who could not contribute to it
         self.withdrawals = 0
+        self.unanswered: Counter[tuple[object, ...]] = Counter()  # by rank and what it has asked: each gets one answer
 
     # --- what the coordinator gets to know ---
 
@@ -36,7 +38,11 @@ class Witness:
         name = self.names.get(body.get("channel", -1), "")
         if kind in ("Away", "Leave"):
             self.away[name].add(r)
+        elif kind == "Sync":
+            self.unanswered[r, name] += 1
         elif kind in ("Arrive", "BeginRound"):
+            if kind == "Arrive":
+                self.unanswered[r, name, body["step"], body["scope"]] += 1
             self.away[name].discard(r)
             if not self._is_of_all(self.world.specs[name]):
                 self.paused.discard(r)
@@ -73,7 +79,13 @@ class Witness:
                 self.names[body["channel"]] = body["name"]
             elif body["message"] == "Joined":
                 self.joined.discard(to)
+            elif body["message"] in ("History", "Resume", "Over"):
+                self._answers(to, body)
+            elif body["message"] == "Late":
+                self._answers(to, body, body["step"], body["scope"])
             elif body["message"] == "Decision":
+                if body["attempt"] == 0:
+                    self._answers(to, body, body["step"], body["scope"])
                 decisions.setdefault(body["tag"], (body, set()))[1].add(to)
         for body, told in decisions.values():
             self._sent(body, told)
@@ -85,6 +97,13 @@ class Witness:
         check(length <= bound, f"I4: {length} messages wait for rank {to}, at most {bound} may")
 
     # --- inside ---
+
+    def _answers(self, to: int, body: dict[str, Any], *place: int) -> None:
+        """Who is told something has asked; only a gradient in a decision that is given up is answered for a second time."""
+        question = (to, self.names[body["channel"]], *place)
+        given_up = body["message"] == "Late" and to in self.contributors.get(question[1:], [])
+        check(self.unanswered[question] > 0 or given_up, f"I4: rank {to} has not asked: {body}")
+        self.unanswered[question] -= self.unanswered[question] > 0
 
     def _is_of_all(self, spec: ChannelSpec) -> bool:
         return spec.kind == "collective" and spec.required >= self.world.size

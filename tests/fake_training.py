@@ -153,8 +153,8 @@ class FakeFramework:
     def gradient_started(self) -> bool:
         return self.started
 
-    def load(self, metadata: bytes) -> None:
-        self.log.append("load")
+    def load(self, metadata: bytes, filled: list[bool]) -> None:
+        self.log.append("load" if all(filled) else ("load", filled))
 
     def apply(self) -> None:
         self.log.append("apply")

@@ -87,6 +87,15 @@ def test_a_late_rank_applies_what_it_missed_in_order_and_resumes(framework: Fake
     assert framework.step() == [True, True]
 
 
+def test_a_bucket_whose_contributors_have_all_left_counts_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    framework = FakeFramework(monkeypatch, scope="bucket")
+    framework.open()
+    framework.channel.script = [FakeUpdate(step=0, contributors=[[], [1, 2, 3]]), RESUME]
+    framework.log.clear()
+    assert framework.step() == [False, False]
+    assert ("load", [False, True]) in framework.log and framework.training.last_update.contributors == ()
+
+
 def test_samples_are_checked_and_go_with_the_gradient(framework: FakeFramework) -> None:
     for wrong in (0, -2, math.inf, math.nan):
         with pytest.raises(UsageError, match="above 0"):
@@ -110,6 +119,7 @@ def test_metrics_are_means_over_those_that_gave_a_number() -> None:
     metrics._result = array("d", [0.0, 0.0, 6.0, 0.75])
     means = metrics.means()
     assert math.isnan(means["a"]) and means["b"] == 8.0
+    assert all(map(math.isnan, metrics.means(has_result=False).values()))
     metrics.give({"a": math.nan, "b": math.inf})
     metrics.pack()
     assert list(metrics._contribution) == [0.0, 0.0, math.inf, 1.0]

@@ -151,10 +151,12 @@ class Buckets:
         for bucket in self.all:
             bucket.unpacked = len(bucket.members)
 
-    def show_results(self, postscale: float) -> None:
-        """Makes p.grad show the results."""
-        for bucket in self.all:
-            if postscale != 1.0:
+    def show_results(self, postscale: float, filled: list[bool]) -> None:
+        """Makes p.grad show the results, times `postscale`; zeros in a bucket that is not `filled`."""
+        for bucket, has_result in zip(self.all, filled, strict=True):
+            if not has_result:
+                bucket.result.zero_()
+            elif postscale != 1.0:
                 bucket.result.mul_(postscale)
             for index, view in zip(bucket.members, bucket.result_views, strict=True):
                 if self._parameters[index].grad is not view:

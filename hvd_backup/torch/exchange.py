@@ -235,12 +235,12 @@ class GradientExchange:
         """See Framework."""
         return self._started or self.synchronized
 
-    def load(self, metadata: bytes) -> None:
+    def load(self, metadata: bytes, filled: list[bool]) -> None:
         """See Framework."""
         assert self._buckets is not None
-        if self.training.backup_workers > 0:
+        if metadata:
             hyperparameters.install(self._optimizer.param_groups, hyperparameters.decode(metadata))
-        self._buckets.show_results(self._options.postscale)
+        self._buckets.show_results(self._options.postscale, filled)
         self._loaded = True
 
     def apply(self) -> None:
