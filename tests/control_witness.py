@@ -99,7 +99,7 @@ class Witness:
     # --- inside ---
 
     def _answers(self, to: int, body: dict[str, Any], *place: int) -> None:
-        """Who is told something has asked; only a gradient in a decision that is given up is answered for a second time."""
+        """Who is told something has asked; only a gradient in a decision that is given up is answered twice."""
         question = (to, self.names[body["channel"]], *place)
         given_up = body["message"] == "Late" and to in self.contributors.get(question[1:], [])
         check(self.unanswered[question] > 0 or given_up, f"I4: rank {to} has not asked: {body}")
