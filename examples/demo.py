@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument(
         "--delay-ms", type=float, default=200.0, help="sleep of the slow rank in each step (default 200)"
     )
-    parser.add_argument("--epochs", type=int, default=10, help="of each training (default 10)")
+    parser.add_argument("--epochs", type=int, default=5, help="of each training (default 5)")
     parser.add_argument(
         "--picture", type=Path, default=Path("build/demo.png"), help="its file (default build/demo.png)"
     )

@@ -14,11 +14,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")  # set by mpirun and srun for each rank
 
@@ -116,16 +117,24 @@ def start(
         cwd: working directory of the ranks.
         stdout, stderr: as in subprocess.Popen.
     """
-    return subprocess.Popen(
-        find_launcher().command(ranks, program),
-        env=rank_environment(ranks, env),
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
-        text=True,
-        start_new_session=True,
-    )
+    command = find_launcher().command(ranks, program)
+    with _SignalsWait() as signals:
+        job = subprocess.Popen(
+            command,
+            env=rank_environment(ranks, env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        signals.deliver()
+    except BaseException:
+        stop(job)
+        raise
+    return job
 
 
 def run(
@@ -164,10 +173,12 @@ def stop(job: subprocess.Popen[str], patience_s: float = 5.0) -> None:
     """Ends a job that still runs: asks `mpirun` first, and after `patience_s` seconds kills it and every rank."""
     if job.poll() is not None:
         return
-    family = [job.pid, *descendants(job.pid)]  # before mpirun is gone: its orphans could no longer be found
+    family = {job.pid, *descendants(job.pid)}
     job.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        job.wait(patience_s)
+    deadline = time.monotonic() + patience_s
+    while job.poll() is None and time.monotonic() < deadline:
+        family.update(descendants(job.pid))  # as long as mpirun is there: its orphans could no longer be found
+        time.sleep(0.02)
     deadline = time.monotonic() + patience_s
     while (alive := [pid for pid in family if _runs(pid)]) and time.monotonic() < deadline:
         for pid in alive:
@@ -191,6 +202,29 @@ def run_self_on(ranks: int) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(done.returncode)
+
+
+class _SignalsWait:
+    """Within it Ctrl-C and the like wait for `deliver`: a process that is being started would be lost otherwise."""
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> _SignalsWait:
+        if threading.current_thread() is threading.main_thread():  # no other thread is interrupted
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                self._handlers[number] = signal.signal(number, lambda received, _: self._received.append(received))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def deliver(self) -> None:
+        """Gives the signals that have come to their handlers."""
+        while self._received:
+            signal.raise_signal(self._received.pop())
 
 
 def _runs(pid: int) -> bool:

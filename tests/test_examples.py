@@ -50,7 +50,7 @@ def test_pytorch_digits_learns_and_accounts_for_what_it_drops(tmp_path: Path) ->
     )
     report = json.loads(file.read_text())
     assert report["weights_identical"] and "weights identical   yes" in printed
-    assert report["updates"] == len(report["update_seconds"]) == 4 * 12  # 1437 images, 4 ranks, 32 each
+    assert report["updates"] == len(report["update_seconds"]) == 4 * 23  # 1437 images, 4 ranks, 16 each
     assert report["test_accuracy"] > 0.8
     assert sum(report["dropped"]) > 0
     decisions = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]

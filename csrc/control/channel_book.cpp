@@ -90,6 +90,7 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   rank.away = false;
   rank.paused = false;
   rank.arrived = message.step;
+  rank.meets = false;  // it has seen the step, and gone on
   scopes_ = message.scopes;
   buckets_ = message.buckets;
   if (rounds_.is_over(message.round)) {
@@ -168,6 +169,9 @@ void ChannelBook::turn_away(int rank, TimeUs now) {
 void ChannelBook::done(int from, const Done& message, TimeUs now) {
   const auto found = slots_.find({message.step, message.scope});
   if (found == slots_.end() || !found->second.decision || found->second.decision->attempt != message.attempt) return;
+  const Ranks& contributors =
+      found->second.decision->contributors;  // of an earlier decision, dismissed since, it may be
+  if (!std::binary_search(contributors.begin(), contributors.end(), from)) return;
   found->second.done.insert(from);
   Step& reached = ranks_[static_cast<std::size_t>(from)].reached;
   reached = std::max(reached, message.step + 1);
