@@ -1,9 +1,12 @@
 """The sum over a given set of ranks: the right contributions, the same bits on every member, at every size."""
 
+import ctypes
 import itertools
 import mmap
+import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -269,40 +272,62 @@ def test_over_mpi_in_pieces() -> None:
     allreduce_over_mpi(end)
 
 
-def lazy_zeros(count: int) -> Array:
-    """float16 zeros that take memory only where they are written, in huge pages where the system has them."""
-    memory = mmap.mmap(-1, 2 * count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.float16)
+CHUNK = 1 << 25  # bytes
+
+
+@contextmanager
+def sparse_float16(count: int, places: Sequence[int]) -> Iterator[Array]:
+    """A buffer of zeros with memory of its own around `places` only: the rest is one chunk, mapped again and again."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    size = -(-2 * count // CHUNK) * CHUNK
+    base = libc.mmap(None, size, access, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    assert base != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+    own = {2 * place // CHUNK * CHUNK for place in places}
+    file = os.memfd_create("chunk")
+    os.ftruncate(file, CHUNK)
+    for offset in set(range(0, size, CHUNK)) - own:
+        at = libc.mmap(base + offset, CHUNK, access, mmap.MAP_SHARED | 0x10, file, 0)  # 0x10: MAP_FIXED
+        assert at == base + offset, os.strerror(ctypes.get_errno())
+    os.close(file)
+    try:
+        yield np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(base)).view(np.float16)
+    finally:
+        libc.munmap(base, size)
 
 
 def test_more_than_2_to_the_31_elements() -> None:
-    """2^31 + 37 elements of float16. The contributions are zero pages that take no memory, but for planted values."""
+    """2^31 + 37 elements of float16, all zero but for planted values, within 2 GiB of memory."""
     count = 2**31 + 37
     places = [0, count // 2 - 1, count // 2, count // 2 + 16, 2**31 - 1, 2**31, 2**31 + 1, count - 1]
-    ends = endpoints(2)
-    members = []
-    for rank in range(2):
-        contribution = lazy_zeros(count)
-        for number, place in enumerate(places):
-            contribution[place] = 2.0**rank * (1 + number)
-        members.append((contribution, lazy_zeros(count)))
-    started = [
-        end.start_allreduce(
-            members=[0, 1],
-            weights=[1.0, 1.0],
-            dtype="float16",
-            count=count,
-            contribution=contribution.ctypes.data,
-            result=result.ctypes.data,
+    with ExitStack() as stack:
+        ends = endpoints(2)
+        contributions, results = (
+            [stack.enter_context(sparse_float16(count, places)) for _ in ends] for _ in ("contributions", "results")
         )
-        for end, (contribution, result) in zip(ends, members, strict=True)
-    ]
-    while not all(collective.done for collective in started):
-        assert sum(end.progress() for end in ends)
-    for _, result in members:
-        assert result[places].tolist() == [3.0 * (1 + number) for number in range(len(places))]
-        assert sum(int(np.count_nonzero(result[at : at + 2**26].view(np.uint16))) for at in range(0, count, 2**26)) == 8
+        for rank, contribution in enumerate(contributions):
+            contribution[places] = 2.0**rank * (1 + np.arange(len(places)))
+        started = [
+            end.start_allreduce(
+                members=[0, 1],
+                weights=[1.0, 1.0],
+                dtype="float16",
+                count=count,
+                contribution=contribution.ctypes.data,
+                result=result.ctypes.data,
+            )
+            for end, contribution, result in zip(ends, contributions, results, strict=True)
+        ]
+        while not all(collective.done for collective in started):
+            assert sum(end.progress() for end in ends)
+        for result in results:
+            assert result[places].tolist() == [3.0 * (1 + number) for number in range(len(places))]
+            step = CHUNK // 2
+            nonzero = [np.count_nonzero(result[at : at + step].view(np.uint16)) for at in range(0, count, step)]
+            assert sum(nonzero) == len(places)
 
 
 @given(

@@ -1,5 +1,7 @@
 """The promises of transport.h, kept by both transports: in one process, step by step or on threads, and over MPI."""
 
+import os
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -237,6 +239,11 @@ MESSAGE_SIZES = (0, 1, 255, 5000, 70_000, 3_000_000, 10)
 TRANSFER_BYTES = (1, 999, 1000, 1001, 5000, 300_000, 0)
 
 
+def pattern(rank: int, tag: int, size: int) -> np.ndarray:
+    """Bytes that tell where they come from and where in the transfer they belong."""
+    return (np.arange(size) % 251 + rank * 16 + tag % 16).astype(np.uint8)
+
+
 def exchange(end: core.Endpoint) -> None:
     """All to all: messages of all sizes, transfers of all sizes under two tags, each in order."""
     peers = [peer for peer in range(end.size) if peer != end.rank]
@@ -244,8 +251,8 @@ def exchange(end: core.Endpoint) -> None:
     kept = []
     for tag in (0, 32767):
         for size in TRANSFER_BYTES:
+            outgoing = pattern(end.rank, tag, size)
             for peer in peers:
-                outgoing = np.full(size, end.rank * 16 + tag % 16, np.uint8)
                 incoming = np.zeros(size, np.uint8)
                 kept.append((peer, tag, outgoing, incoming))
                 if tag == 0:
@@ -261,7 +268,7 @@ def exchange(end: core.Endpoint) -> None:
     wait_until(end, lambda: end.pending == 0)
     assert len(log) == 2 * len(kept)
     for peer, tag, _, incoming in kept:
-        assert (incoming == peer * 16 + tag % 16).all()
+        np.testing.assert_array_equal(incoming, pattern(peer, tag, len(incoming)))
     assert got == {peer: [bytes([peer]) * size for size in MESSAGE_SIZES] for peer in range(end.size)}
 
 
@@ -288,6 +295,33 @@ def test_exchange_over_mpi(size: int, share_memory: bool) -> None:
 @pytest.mark.ranks(3)
 def test_transfers_over_mpi_are_cut_into_pieces() -> None:
     exchange(over_mpi(piece_bytes=1000, share_memory=False))
+
+
+def shared_segments() -> tuple[int, int]:
+    """How many of our shared segments this process has mapped, and how many it holds open."""
+    mapped = Path("/proc/self/maps").read_text().count("memfd:hvd_backup")
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return mapped, sum("memfd:hvd_backup" in str(link) for link in links)
+
+
+@pytest.mark.ranks(3)
+def test_shared_memory_is_mapped_and_leaves_nothing_open() -> None:
+    end = over_mpi()
+    assert shared_segments() == (3, 0)
+    end.close()
+    assert shared_segments() == (0, 0)
+    assert over_mpi(share_memory=False).size == 3 and shared_segments() == (0, 0)
+
+
+@pytest.mark.ranks(3)
+def test_mpi_takes_over_where_one_rank_has_no_room_for_shared_memory() -> None:
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.Get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    end = over_mpi()
+    assert shared_segments() == (0, 0)
+    exchange(end)
 
 
 @pytest.mark.ranks(3)

@@ -13,16 +13,11 @@ constexpr int message_tag = 0;
 
 MpiMessages::MpiMessages(MPI_Comm original) : comm_(Communicator::duplicate_of(original)) {
   int size = 0;
-  check_mpi(MPI_Comm_rank(comm_.get(), &rank_), "asking for the rank");
   check_mpi(MPI_Comm_size(comm_.get(), &size), "asking for the size");
   arriving_.resize(static_cast<std::size_t>(size));
 }
 
 void MpiMessages::send(int peer, Bytes message) {
-  if (peer == rank_) {
-    ready_.emplace_back(peer, std::move(message));
-    return;
-  }
   if (message.size() > static_cast<std::size_t>(std::numeric_limits<int>::max())) {
     throw UsageError("a message of " + std::to_string(message.size()) + " bytes; send large data as a transfer");
   }

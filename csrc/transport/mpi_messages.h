@@ -42,7 +42,6 @@ class MpiMessages {
   void release_arrived(int peer);
 
   Communicator comm_;
-  int rank_ = 0;
   Slots<Unfinished> unfinished_;
   RequestSet requests_;                            // numbered as in unfinished_
   std::vector<std::deque<std::size_t>> arriving_;  // for each peer, messages that are matched and not handed out

@@ -13,7 +13,7 @@ namespace hvd_backup {
 struct Node {
   std::vector<int> ranks;               // of this node, ascending, as numbered in the communicator
   std::size_t self = 0;                 // this rank's index among them
-  std::vector<SharedSegment> segments;  // by index; empty when the node's ranks cannot share memory (see share_memory)
+  std::vector<SharedSegment> segments;  // by index; empty when the node's ranks cannot share memory
 };
 
 // Collective over `comm`. Without shared memory when this rank is alone on its node, or when any rank of the node
