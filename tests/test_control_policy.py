@@ -2,12 +2,13 @@
 
 import pytest
 from hvd_backup._core_testing import (
+    Expecting,
+    ReentryBudget,
     Rounds,
     close_decision,
+    is_on_time,
     nap_us,
     needed_arrivals,
-    reentry_saving_us,
-    reentry_wait_us,
     resume_now,
 )
 from hypothesis import given
@@ -92,23 +93,33 @@ def test_re_entry_is_a_grace_time_of_its_own() -> None:
 
 
 def test_a_re_entry_is_waited_for_once_it_has_been_saved_up() -> None:
-    typical, handicap = 6400, 1000
-    cost = handicap + typical // 32
-    assert reentry_saving_us(typical) == 100
-    assert reentry_wait_us(cost - 1, handicap, typical) == 0
-    assert reentry_wait_us(cost, handicap, typical) == cost
+    budget, typical, handicap = ReentryBudget(), 6400, 100
+    cost = handicap + typical // 32  # 300: three steps' savings
+    for _ in range(2):
+        budget.step_decided(typical)
+        assert budget.wait_us(handicap, typical) == 0
+    budget.step_decided(typical)
+    assert budget.wait_us(handicap, typical) == cost
+    budget.spend(1)
+    assert budget.wait_us(handicap, typical) == 0
 
 
-@given(st.integers(1, 10**7), st.integers(0, 10**7), st.integers(1, 500))
-def test_all_waits_for_re_entries_cost_little(typical: int, handicap: int, steps: int) -> None:
-    """A rank that is late in every step, and is waited for whenever it can be, costs 1/64 of the time at most."""
-    saved = waited = 0
-    for _ in range(steps):
-        wait = reentry_wait_us(saved, handicap, typical)
+@given(st.integers(1, 10**7), st.lists(st.integers(0, 10**7), min_size=1, max_size=500))
+def test_all_waits_for_re_entries_cost_little(typical: int, handicaps: list[int]) -> None:
+    """However often there is somebody to wait for: 1/64 of the time at most, and one step's time at once."""
+    budget = ReentryBudget()
+    waited = 0
+    for steps, handicap in enumerate(handicaps):
+        wait = budget.wait_us(handicap, typical)
+        assert wait <= typical
+        budget.spend(wait)
         waited += wait
-        saved += reentry_saving_us(typical) - wait
-        assert saved >= 0
-    assert waited <= steps * typical / 64
+        assert waited <= steps * typical / 64
+        budget.step_decided(typical)
+
+
+def test_who_is_on_time_may_scatter_a_little() -> None:
+    assert is_on_time(800, 800) and is_on_time(900, 800) and not is_on_time(901, 800)
 
 
 @pytest.mark.parametrize(
@@ -135,20 +146,24 @@ def test_before_a_step_has_been_timed_a_rank_starts_at_once() -> None:
     assert resume_now(now=10**9, opened=0, typical_us=0).reason == "no step has been timed yet"
 
 
-@given(st.integers(0, 10**7), st.booleans())
-def test_naps_delay_by_two_percent_of_the_idle_time(idle_us: int, transfers: bool) -> None:
-    nap = nap_us(idle_us, transfers)
+LONGEST = {Expecting.transfer: 50, Expecting.message: 200, Expecting.nothing: 2000}
+
+
+@given(st.integers(0, 10**7), st.sampled_from(list(LONGEST)))
+def test_naps_delay_by_two_percent_of_the_idle_time(idle_us: int, expecting: Expecting) -> None:
+    nap = nap_us(idle_us, expecting)
     if idle_us < 50:
         assert nap == 0
     else:
         assert 50 <= nap <= max(50, idle_us // 50)
-        assert nap <= (50 if transfers else 2000)
-    assert nap_us(idle_us + 1, transfers) >= nap
+        assert nap <= LONGEST[expecting]
+    assert nap_us(idle_us + 1, expecting) >= nap
 
 
-def test_the_longest_nap() -> None:
-    assert nap_us(99_999, False) == 1999
-    assert nap_us(100_000, False) == nap_us(10**9, False) == 2000
+@pytest.mark.parametrize(("expecting", "longest"), LONGEST.items())
+def test_the_longest_nap(expecting: Expecting, longest: int) -> None:
+    assert nap_us(50 * longest, expecting) == nap_us(10**9, expecting) == longest
+    assert longest == 50 or nap_us(50 * longest - 1, expecting) == longest - 1
 
 
 # --- rounds -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The promises of transport.h, kept by both transports: in one process, step by step or on threads, and over MPI."""
 
-import os
 import resource
 import time
 from collections import defaultdict

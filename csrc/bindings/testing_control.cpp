@@ -315,9 +315,17 @@ void register_policies(nb::module_& module) {
         return resume_now(view);
       },
       nb::kw_only(), "now"_a, "opened"_a, "typical_us"_a, "needed"_a = false);
-  module.def("reentry_wait_us", &reentry_wait_us, "saved_us"_a, "handicap_us"_a, "typical_us"_a);
-  module.def("reentry_saving_us", &reentry_saving_us, "typical_us"_a);
-  module.def("nap_us", &nap_us, "idle_us"_a, "transfers"_a);
+  nb::class_<ReentryBudget>(module, "ReentryBudget")
+      .def(nb::init<>())
+      .def("wait_us", &ReentryBudget::wait_us, "handicap_us"_a, "typical_us"_a)
+      .def("step_decided", &ReentryBudget::step_decided, "typical_us"_a)
+      .def("spend", &ReentryBudget::spend, "waited_us"_a);
+  module.def("is_on_time", &is_on_time, "took_us"_a, "decided_us"_a);
+  nb::enum_<Expecting>(module, "Expecting")
+      .value("nothing", Expecting::nothing)
+      .value("message", Expecting::message)
+      .value("transfer", Expecting::transfer);
+  module.def("nap_us", &nap_us, "idle_us"_a, "expecting"_a);
   nb::class_<Rounds>(module, "Rounds")
       .def(nb::init<int>(), "size"_a)
       .def_prop_ro("current", &Rounds::current)

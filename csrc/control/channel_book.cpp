@@ -4,8 +4,6 @@
 #include <limits>
 #include <sstream>
 
-#include "control/policy.h"
-
 namespace hvd_backup {
 
 namespace {
@@ -90,12 +88,14 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   rank.away = false;
   rank.paused = false;
   rank.arrived = message.step;
+  const TimeUs started = std::exchange(rank.resumed_at, std::nullopt).value_or(last_opened_at_);
   rank.meets = false;  // it has seen the step, and gone on
   scopes_ = message.scopes;
   buckets_ = message.buckets;
   if (rounds_.is_over(message.round)) {
     late(from, message, now, "its round is over");
   } else if (message.step < open_step_) {
+    rank.on_time = message.step + 1 == open_step_ && is_on_time(now - started, last_took_us_);
     late(from, message, now, "decided without it");
   } else if (const auto end = rounds_.planned_end(gone_); end && message.step >= *end) {
     late(from, message, now, "its round is over");
@@ -151,6 +151,11 @@ bool ChannelBook::has_arrived(int rank) const {
     }
   }
   return false;
+}
+
+bool ChannelBook::anybody_waits() const {
+  return std::any_of(slots_.lower_bound({open_step_, 0}), slots_.end(),
+                     [](const auto& entry) { return !entry.second.decision && !entry.second.arrivals.empty(); });
 }
 
 void ChannelBook::turn_away(int rank, TimeUs now) {
@@ -365,11 +370,7 @@ bool ChannelBook::close_round_if_ended(TimeUs now) {
 }
 
 bool ChannelBook::decide_what_can(TimeUs now) {
-  bool any_arrival = false;
-  for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
-    any_arrival = any_arrival || !slot->second.arrivals.empty();
-  }
-  if (!any_arrival || held(now)) return false;
+  if (!anybody_waits() || held(now)) return false;
   bool decided_something = false;
   int decided = 0;
   for (int scope = 0; scope < scopes_; ++scope) {
@@ -396,9 +397,8 @@ bool ChannelBook::decide_what_can(TimeUs now) {
       const RankState& missing = ranks_[static_cast<std::size_t>(r)];
       ++view.able;
       view.owed = view.owed || (options_.max_misses > 0 && missing.misses >= options_.max_misses);
-      if (missing.handicap_us) {
-        view.reentry_us =
-            std::max(view.reentry_us, reentry_wait_us(missing.saved_us, *missing.handicap_us, typical_us_));
+      if (missing.handicap_us && missing.on_time) {
+        view.reentry_us = std::max(view.reentry_us, reentry_.wait_us(*missing.handicap_us, typical_us_));
       }
     }
     view.now = now;
@@ -408,6 +408,7 @@ bool ChannelBook::decide_what_can(TimeUs now) {
     const Verdict verdict = close_decision(view);
     if (verdict.look_again) look_again(*verdict.look_again);
     if (!verdict.yes) continue;
+    if (view.reentry_us > view.grace_us) reentry_.spend(now - *view.nth_arrival - view.grace_us);
     decide(scope, slot, verdict.reason, now);
     ++decided;
     decided_something = true;
@@ -468,19 +469,20 @@ void ChannelBook::advance_open_step(TimeUs now) {
   }
   for (int r = 0; r < size_; ++r) {
     RankState& rank = ranks_[static_cast<std::size_t>(r)];
-    const TimeUs waited = rank.handicap_us ? reentry_wait_us(rank.saved_us, *rank.handicap_us, typical_us_) : 0;
     rank.handicap_us.reset();
     if (in[static_cast<std::size_t>(r)] == scopes_) {
       rank.misses = 0;
-      rank.saved_us = 0;
+      rank.on_time = true;
     } else if (able(r)) {
       ++rank.misses;
-      rank.saved_us += reentry_saving_us(typical_us_) - waited;
     }
   }
+  last_opened_at_ = opened_at_;
+  last_took_us_ = std::max<TimeUs>(1, now - opened_at_);
   // A moving average; one stall of everybody may not make later steps look young for long.
-  const TimeUs took = std::max<TimeUs>(1, now - opened_at_);
-  typical_us_ = typical_us_ == 0 ? took : typical_us_ + (std::min(took, 4 * typical_us_) - typical_us_) / 8;
+  const TimeUs most = 4 * typical_us_;
+  typical_us_ = typical_us_ == 0 ? last_took_us_ : typical_us_ + (std::min(last_took_us_, most) - typical_us_) / 8;
+  reentry_.step_decided(typical_us_);
   ++open_step_;
   opened_at_ = now;
 }
@@ -572,7 +574,10 @@ void ChannelBook::answer(int to, TimeUs now) {
                 (options_.max_misses > 0 && rank.misses >= options_.max_misses);
   const Verdict verdict = rank.misses == 0 ? Verdict{true, {}, "it was not late"} : resume_now(view);
   if (verdict.yes) {
-    if (rank.misses > 0) rank.handicap_us = now - opened_at_;
+    if (rank.misses > 0) {
+      rank.handicap_us = now - opened_at_;
+      rank.resumed_at = now;
+    }
     rank.turned_away = false;
     reply(Resume{});
   } else if (verdict.look_again) {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "control/messages.h"
+#include "control/policy.h"
 #include "control/record.h"
 #include "control/rounds.h"
 
@@ -63,6 +64,7 @@ class ChannelBook {
   bool has_arrived(int rank) const;
   void turn_away(int rank, TimeUs now);
   Step open_step() const { return open_step_; }
+  bool anybody_waits() const;
 
   void tick(TimeUs now);
   std::optional<TimeUs> next_deadline() const { return deadline_; }
@@ -82,8 +84,9 @@ class ChannelBook {
     bool meets = false;        // its program is to see this very step, where all meet
     int round = 0;
     int misses = 0;                     // in a row
-    TimeUs saved_us = 0;                // towards a wait for its re-entry
+    std::optional<TimeUs> resumed_at;   // it was late, and told to start on the step for which it arrives next
     std::optional<TimeUs> handicap_us;  // it was told to start on the open step so long after the others
+    bool on_time = true;                // as far as its own computing goes
     std::optional<Sync> waiting;        // a Sync that has no answer yet
   };
   struct Arrival {
@@ -145,6 +148,9 @@ class ChannelBook {
   Step history_first_ = 0;
   TimeUs opened_at_ = 0;
   TimeUs typical_us_ = 0;
+  TimeUs last_opened_at_ = 0;  // of the step before the open one
+  TimeUs last_took_us_ = 0;    // from then to its decision
+  ReentryBudget reentry_;
   std::optional<TimeUs> deadline_;
   std::string failure_;
   std::string held_reason_;

@@ -183,4 +183,8 @@ std::optional<TimeUs> Coordinator::next_deadline() const {
   return first;
 }
 
+bool Coordinator::anybody_waits() const {
+  return std::any_of(books_.begin(), books_.end(), [](const auto& channel) { return channel->anybody_waits(); });
+}
+
 }  // namespace hvd_backup

@@ -27,6 +27,9 @@ class Coordinator {
   void tick(TimeUs now);
   std::optional<TimeUs> next_deadline() const;
 
+  // A rank has arrived at a step that is not decided.
+  bool anybody_waits() const;
+
   // What it had to say since the last call, in order.
   std::vector<Reply> take_replies() { return std::exchange(out_.replies, {}); }
   std::vector<Record> take_records() { return std::exchange(out_.records, {}); }

@@ -21,9 +21,14 @@ Verdict close_decision(const CloseView& view) {
   return {true, {}, std::to_string(needed) + " needed have arrived"};
 }
 
-TimeUs reentry_wait_us(TimeUs saved_us, TimeUs handicap_us, TimeUs typical_us) {
+TimeUs ReentryBudget::wait_us(TimeUs handicap_us, TimeUs typical_us) const {
   const TimeUs wait = handicap_us + typical_us / 32;  // its own arrival scatters like everybody's
-  return saved_us >= wait ? wait : 0;
+  return saved_us_ >= wait ? wait : 0;
+}
+
+void ReentryBudget::step_decided(TimeUs typical_us) {
+  const TimeUs more = typical_us / share;
+  saved_us_ = std::min(saved_us_ + more, typical_us);
 }
 
 Verdict resume_now(const ResumeView& view) {

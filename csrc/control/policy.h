@@ -14,7 +14,7 @@ struct CloseView {
   int arrived = 0;        // gradients for this decision
   int able = 0;           // ranks that have not arrived and still can
   bool owed = false;      // one of the able has been left out max_misses times in a row
-  TimeUs reentry_us = 0;  // see reentry_wait_us; the longest among the able
+  TimeUs reentry_us = 0;  // see ReentryBudget; the longest among the able
   TimeUs now = 0;
   TimeUs grace_us = 0;
   std::optional<TimeUs> nth_arrival;  // when the number needed was reached; empty: not yet
@@ -33,15 +33,26 @@ Verdict close_decision(const CloseView& view);
 
 // A rank that was late has to fetch the update that the others hold already, so it starts the next step behind them
 // by its handicap; among equally fast ranks it would be late for ever, though it is on time in all that it does
-// itself. So, now and then, a decision waits for it that long. The wait is paid from what the rank has saved up:
-// `reentry_saving_us` for each update that went without it. So all such waits cost 1/64 of the time at most, for each
-// rank that is late.
-inline constexpr TimeUs reentry_share = 64;
-inline TimeUs reentry_saving_us(TimeUs typical_us) { return typical_us / reentry_share; }
+// itself. So a decision waits that long for such a rank, from a budget: 1/64 of the time, and one step's time at once
+// at most. A rank that was slow in what it does itself is not waited for, so a straggler costs nothing.
+class ReentryBudget {
+ public:
+  static constexpr TimeUs share = 64;  // the reciprocal of the budget
 
-// How long to wait after the N-th arrival for a rank that began the open step `handicap` after the others: 0 when it
-// has not saved enough.
-TimeUs reentry_wait_us(TimeUs saved_us, TimeUs handicap_us, TimeUs typical_us);
+  // How long to wait after the N-th arrival for a rank that is on time in what it does itself and began the open step
+  // `handicap` after the others: 0 when too little is left.
+  TimeUs wait_us(TimeUs handicap_us, TimeUs typical_us) const;
+
+  void step_decided(TimeUs typical_us);
+  void spend(TimeUs waited_us) { saved_us_ = saved_us_ > waited_us ? saved_us_ - waited_us : 0; }
+
+ private:
+  TimeUs saved_us_ = 0;
+};
+
+// Whether a rank that took so long from its start to its arrival is as fast as the others, up to their scatter, when
+// they have decided the same step `decided_us` after it opened.
+inline bool is_on_time(TimeUs took_us, TimeUs decided_us) { return took_us <= decided_us + decided_us / 8; }
 
 struct ResumeView {
   TimeUs now = 0;

@@ -12,7 +12,6 @@
 
 #include "collective/allreduce.h"
 #include "collective/partition.h"
-#include "engine/idle.h"
 
 namespace hvd_backup {
 
@@ -36,6 +35,18 @@ bool is_for_coordinator(const Message& message) {
       },
       message);
 }
+
+// Counts one more while it lives.
+class Raised {
+ public:
+  explicit Raised(int& counter) : counter_(counter) { ++counter_; }
+  ~Raised() { --counter_; }
+  Raised(const Raised&) = delete;
+  Raised& operator=(const Raised&) = delete;
+
+ private:
+  int& counter_;
+};
 
 void report(int rank, const std::string& text) {
   std::fprintf(stderr, "[hvd_backup rank %d] %s\n", rank, text.c_str());
@@ -150,6 +161,7 @@ void Engine::submit(Channel& channel, int bucket, const void* contribution, void
 
 bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
   std::unique_lock lock(mutex_);
+  const Raised waiting(waiting_);
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(timeout_us);
   while (true) {
     // What is decided is completed and handed out, though the channel has failed since: others have it already.
@@ -293,7 +305,7 @@ void Engine::run() {
         woken_ = false;
         continue;
       }
-      TimeUs nap = nap_us(now - idle_since, transport_->pending() > 0);
+      TimeUs nap = nap_us(now - idle_since, expecting());
       if (coordinator_) {
         if (const auto deadline = coordinator_->next_deadline())
           nap = std::min(nap, std::max<TimeUs>(*deadline - now, 0));
@@ -312,6 +324,12 @@ void Engine::run() {
   ended_ = true;
   changed_.notify_all();
   for (auto& channel : channels_) channel->changed.notify_all();
+}
+
+// With the mutex held, on the engine thread.
+Expecting Engine::expecting() const {
+  if (transport_->pending() > 0) return Expecting::transfer;
+  return waiting_ > 0 || (coordinator_ && coordinator_->anybody_waits()) ? Expecting::message : Expecting::nothing;
 }
 
 // One round: completes transfers, takes messages, does what has become possible. True when there was anything.

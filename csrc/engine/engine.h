@@ -22,6 +22,7 @@
 #include "control/coordinator.h"
 #include "engine/channel.h"
 #include "engine/fetch.h"
+#include "engine/idle.h"
 #include "engine/trace.h"
 #include "transport/transport.h"
 
@@ -102,6 +103,7 @@ class Engine {
   };
 
   void run();
+  Expecting expecting() const;
   bool turn();
   void withdraw(Channel& channel, bool also_complete);
   void receive(int from, const Message& message, TimeUs now);
@@ -141,6 +143,7 @@ class Engine {
   std::unique_ptr<Coordinator> coordinator_;  // rank 0 only
   std::vector<std::unique_ptr<Channel>> channels_;
   int training_channels_ = 0;
+  int waiting_ = 0;  // training threads in wait()
   std::vector<Channel*> dirty_;
   std::vector<Message> outgoing_;  // of the rank itself, to the coordinator
   std::string failure_;
