@@ -14,14 +14,15 @@ class Hub:
 
 class Engine:
     @staticmethod
-    def over_mpi(comm: int, trace: str = "") -> Engine:
+    def over_mpi(comm: int, trace: str = "", timeline: str = "") -> Engine:
         """Collective over the MPI communicator whose `MPI_Comm` lies at address `comm`; it is duplicated, never used.
 
-        `trace`: file to which rank 0's coordinator writes its decisions as JSON lines; empty: none.
+        trace, timeline: files to which rank 0 writes what its coordinator records: as JSON lines (docs/trace.md), and
+        as a Chrome trace; empty: none.
         """
 
     @staticmethod
-    def in_process(hub: Hub, rank: int, trace: str = "") -> Engine: ...
+    def in_process(hub: Hub, rank: int, trace: str = "", timeline: str = "") -> Engine: ...
     @property
     def rank(self) -> int: ...
     @property
@@ -50,6 +51,9 @@ class Engine:
         average: results are means over the contributors, weighted by samples; otherwise sums. Integers: sums.
         wait_for_all: return only when all ranks have opened it (so that differences are found before the first step).
         """
+
+    def recorded(self) -> str:
+        """What the coordinator has recorded lately, as a trace file would have it; on other ranks than 0 empty."""
 
     def away(self) -> None:
         """This rank enters a full collective: until its next submission it does not count as able to contribute to
@@ -93,6 +97,12 @@ class Channel:
 
     def set_results(self, results: list[int]) -> None:
         """Addresses into which missed updates are written when this rank has nothing submitted; one per bucket."""
+
+    def measure(self, buckets: int) -> None:
+        """The first `buckets` buckets hold gradients: while there is a trace, their squared norms are put on record.
+
+        The same on all ranks.
+        """
 
     def wait(self) -> Update:
         """The next thing to do; blocks. See Update.kind. Taking an update acknowledges the one before."""
@@ -146,6 +156,22 @@ class Update:
 def weighted_sum(
     dtype: str, destination: int, sources: list[int], weights: list[float], scale: float, count: int
 ) -> None: ...
+def forecast(
+    computing_us: int,
+    steps: int,
+    ranks: int,
+    required: int,
+    tail_us: float = 0.0,
+    catch_up_us: float = 0.0,
+    carry_over: bool = True,
+) -> tuple[float, float, list[float]]:
+    """What an update would take with `required` contributors: csrc/control/forecast.h.
+
+    computing_us: address of a float64 array [steps, ranks].
+
+    Returns (microseconds per update, mean number of contributors, share of the updates that each rank is part of).
+    """
+
 def kernel_instruction_set() -> str: ...
 def mpi_library_version() -> str:
     """The version text of the MPI library that this module runs with."""

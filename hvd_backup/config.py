@@ -75,7 +75,11 @@ class Config:
     journal_bytes: int = _option(
         1 << 30, "memory of each rank for the updates kept by one channel when max_lag is `auto`", values_of.byte_count
     )
-    trace: str = _option("", "file to which rank 0 writes every decision as JSON lines", values_of.path)
+    trace: str = _option("", "file to which rank 0 records the run as JSON lines (docs/trace.md)", values_of.path)
+    timeline: str = _option(
+        "", "file to which rank 0 writes who did what when, for chrome://tracing and Perfetto", values_of.path,
+        horovod="HOROVOD_TIMELINE",
+    )  # fmt: skip
     delay: str = _option("", "artificial delays, such as `rank=3,ms=200,p=0.3` (hvd_backup.faults)", values_of.delay)
     log_level: str = _option(
         "warning", "one of " + ", ".join(f"`{level}`" for level in LOG_LEVELS), values_of.one_of(*LOG_LEVELS),

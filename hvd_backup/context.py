@@ -72,7 +72,7 @@ class Context:
         self.cross_rank, self.cross_size = cross.Get_rank(), cross.Get_size()
         cross.Free()
         local.Free()
-        self.engine = _core.Engine.over_mpi(MPI._addressof(comm), config.trace)
+        self.engine = _core.Engine.over_mpi(MPI._addressof(comm), config.trace, config.timeline)
         self.collectives = Collectives(self.engine, config.journal_bytes)
         self._rendezvous = Rendezvous(self.collectives, comm)
         self._participants: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -135,6 +135,7 @@ class UpdateStream:
         if self._metrics.elements:
             layout.append((self._metrics.elements, "float64"))
         self.opened.set_layout(layout, list(range(len(layout))) if per_bucket else [0] * len(layout))
+        self.opened.measure(self._gradient_buckets)
         self.last_update = no_update_yet(self._metrics.names)
         self.set_results(results)
 

@@ -71,7 +71,7 @@ def decisions(said: Said) -> dict[int, dict[str, Any]]:
 def test_without_waiting_each_rank_is_told_at_once() -> None:
     talk = Talk(3)
     said = talk.say(2, "Open", name="it", proposal="mine")
-    assert said == [(2, {"name": "it", "channel": 0, "proposal": "mine", "message": "Opened"})]
+    assert said == [(2, {"name": "it", "channel": 0, "proposal": "mine", "measured": False, "message": "Opened"})]
     assert talk.say(0, "Open", name="it", proposal="another")[0][1]["proposal"] == "mine"
     assert talk.say(1, "Open", name="more")[0][1]["channel"] == 1
 

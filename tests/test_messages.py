@@ -38,7 +38,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     | {"base": int64, "round": int32, "scopes": int32, "buckets": int32, "samples": number, "metadata": text},
     "Withdraw": place,
     "Waiting": {"channel": unsigned, "step": int64},
-    "Done": place | {"attempt": int32},
+    "Done": place | {"attempt": int32, "squares": st.fixed_dictionaries({"contributions": number, "mean": number})},
     "Sync": {"channel": unsigned, "have": int64, "round": int32},
     "BeginRound": {"channel": unsigned, "round": int32, "length": int64, "align_every": int64},
     "Away": {"channel": unsigned, "round": int32},
@@ -46,7 +46,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "Pause": {},
     "Join": {},
     "Exit": {"failure": text},
-    "Opened": {"name": text, "channel": unsigned, "proposal": text},
+    "Opened": {"name": text, "channel": unsigned, "proposal": text, "measured": st.booleans()},
     "Failed": {"name": text, "reason": text},
     "Decision": place
     | {

@@ -1,10 +1,12 @@
 // The C API over Engine: handles, and the one place where exceptions become status codes.
+#include <algorithm>
 #include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "api/hvd_backup.h"
+#include "control/forecast.h"
 #include "engine/engine.h"
 #include "kernels/weighted_sum.h"
 #include "transport/in_process.h"
@@ -18,6 +20,7 @@ struct hvdb_hub {
 struct hvdb_engine {
   std::unique_ptr<Engine> engine;
   std::vector<std::unique_ptr<hvdb_channel>> channels;
+  std::string recorded;
 };
 struct hvdb_channel {
   Engine* engine = nullptr;
@@ -49,6 +52,10 @@ std::string text(const char* value) { return value ? value : ""; }
 
 std::string blob(const void* data, size_t size) { return {static_cast<const char*>(data), data ? size : 0}; }
 
+EngineFiles engine_files(const hvdb_files* files) {
+  return files ? EngineFiles{text(files->trace), text(files->timeline)} : EngineFiles{};
+}
+
 hvdb_status yes_or_timeout(bool yes) { return yes ? HVDB_OK : HVDB_TIMEOUT; }
 
 DataType data_type(int value) {
@@ -70,20 +77,20 @@ hvdb_status hvdb_hub_create(int size, hvdb_hub** hub) {
 
 void hvdb_hub_destroy(hvdb_hub* hub) { delete hub; }
 
-hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const char* trace, hvdb_engine** engine) {
+hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const hvdb_files* files, hvdb_engine** engine) {
   return guarded([&] {
     auto created = std::make_unique<hvdb_engine>();
-    created->engine = std::make_unique<Engine>(make_mpi_transport(mpi_comm), text(trace));
+    created->engine = std::make_unique<Engine>(make_mpi_transport(mpi_comm), engine_files(files));
     *engine = created.release();
     return HVDB_OK;
   });
 }
 
-hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const char* trace, hvdb_engine** engine) {
+hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_files* files, hvdb_engine** engine) {
   return guarded([&] {
     if (rank < 0 || rank >= hub->hub->size()) throw UsageError("the hub has no rank " + std::to_string(rank));
     auto created = std::make_unique<hvdb_engine>();
-    created->engine = std::make_unique<Engine>(make_in_process_transport(hub->hub, rank), text(trace));
+    created->engine = std::make_unique<Engine>(make_in_process_transport(hub->hub, rank), engine_files(files));
     *engine = created.release();
     return HVDB_OK;
   });
@@ -93,6 +100,14 @@ void hvdb_engine_destroy(hvdb_engine* engine) { delete engine; }
 
 int hvdb_rank(const hvdb_engine* engine) { return engine->engine->rank(); }
 int hvdb_size(const hvdb_engine* engine) { return engine->engine->size(); }
+
+hvdb_status hvdb_recorded(hvdb_engine* engine, const char** text) {
+  return guarded([&] {
+    engine->recorded = engine->engine->recorded();
+    *text = engine->recorded.c_str();
+    return HVDB_OK;
+  });
+}
 
 hvdb_status hvdb_pause(hvdb_engine* engine) {
   return guarded([&] {
@@ -169,6 +184,13 @@ hvdb_status hvdb_set_layout(hvdb_channel* channel, int buckets, const uint64_t* 
 hvdb_status hvdb_set_results(hvdb_channel* channel, int buckets, void* const* results) {
   return guarded([&] {
     channel->engine->set_results(*channel->channel, {results, results + buckets});
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_measure(hvdb_channel* channel, int buckets) {
+  return guarded([&] {
+    channel->engine->measure(*channel->channel, buckets);
     return HVDB_OK;
   });
 }
@@ -271,6 +293,19 @@ hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const v
   return guarded([&] {
     const auto k = static_cast<std::size_t>(sources);
     weighted_sum(data_type(dtype), destination, std::span(source, k), std::span(weights, k), scale, count);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_forecast(const double* us, uint64_t steps, int ranks, int required, double tail_us, double catch_up_us,
+                          int carry_over, double* update_us, double* contributors, double* contributed) {
+  return guarded([&] {
+    if (ranks < 1) throw UsageError("forecast: given " + std::to_string(ranks) + " ranks, expected at least 1");
+    const ComputingTimes times{ranks, std::span(us, steps * static_cast<std::size_t>(ranks))};
+    const Forecast found = forecast(times, {required, tail_us, catch_up_us, carry_over != 0});
+    *update_us = found.update_us;
+    *contributors = found.contributors;
+    std::copy(found.contributed.begin(), found.contributed.end(), contributed);
     return HVDB_OK;
   });
 }

@@ -49,15 +49,23 @@ const char* hvdb_last_error(void);
 hvdb_status hvdb_hub_create(int size, hvdb_hub** hub);
 void hvdb_hub_destroy(hvdb_hub* hub);
 
+/* Files that rank 0 writes; NULL or "": none. */
+typedef struct {
+  const char* trace;    /* the coordinator's records as JSON lines: docs/trace.md */
+  const char* timeline; /* the same as a Chrome trace */
+} hvdb_files;
+
 /* mpi_comm: address of an MPI_Comm; it is duplicated (collective over it), never used. MPI must have been initialised
- * with MPI_THREAD_MULTIPLE; shut the engine down before MPI_Finalize. trace: file for the decisions, as JSON lines
- * (rank 0); NULL or "": none. */
-hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const char* trace, hvdb_engine** engine);
-hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const char* trace, hvdb_engine** engine);
+ * with MPI_THREAD_MULTIPLE; shut the engine down before MPI_Finalize. files: NULL: none. */
+hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const hvdb_files* files, hvdb_engine** engine);
+hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_files* files, hvdb_engine** engine);
 /* Ends the thread at once if it runs. The channels of the engine die with it. */
 void hvdb_engine_destroy(hvdb_engine* engine);
 int hvdb_rank(const hvdb_engine* engine);
 int hvdb_size(const hvdb_engine* engine);
+/* What the coordinator has recorded lately, within a bound, as a trace file would have it; on other ranks than 0 "".
+ * Valid until the next call with this engine. */
+hvdb_status hvdb_recorded(hvdb_engine* engine, const char** text);
 
 /* This rank enters a full collective: until its next submission, it is not counted on by collective channels that need
  * fewer than all ranks. */
@@ -96,6 +104,9 @@ hvdb_status hvdb_set_layout(hvdb_channel* channel, int buckets, const uint64_t* 
                             const int* scopes);
 /* Where missed updates go when nothing is submitted: one buffer for each bucket. */
 hvdb_status hvdb_set_results(hvdb_channel* channel, int buckets, void* const* results);
+/* The first so many buckets hold gradients. While rank 0 writes a trace, the squared norms of the contributions to them
+ * and of the results are put on record, computed in the pass that sums. The same on all ranks. */
+hvdb_status hvdb_measure(hvdb_channel* channel, int buckets);
 
 hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metadata, size_t metadata_size);
 hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result);
@@ -133,6 +144,10 @@ void hvdb_update_destroy(hvdb_update* update);
 
 hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const void* const* source,
                               const double* weights, double scale, uint64_t count);
+/* How long an update would take with `required` contributors, given how long each rank computes each step (us: ranks
+ * side by side, step after step). contributed: by rank, the share of updates that it is part of. */
+hvdb_status hvdb_forecast(const double* us, uint64_t steps, int ranks, int required, double tail_us, double catch_up_us,
+                          int carry_over, double* update_us, double* contributors, double* contributed);
 const char* hvdb_kernel_instruction_set(void);
 const char* hvdb_mpi_library_version(void);
 const char* hvdb_mpi_built_with(void);

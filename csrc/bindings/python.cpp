@@ -8,6 +8,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -211,20 +212,35 @@ void weighted_sum(const std::string& dtype, std::uintptr_t destination, const st
                           pointers.data(), weights.data(), scale, count));
 }
 
-std::shared_ptr<PyEngine> over_mpi(std::uintptr_t comm, const std::string& trace) {
+nb::tuple forecast(std::uintptr_t computing_us, uint64_t steps, int ranks, int required, double tail_us,
+                   double catch_up_us, bool carry_over) {
+  double update_us = 0;
+  double contributors = 0;
+  std::vector<double> contributed(static_cast<std::size_t>(std::max(ranks, 0)));
+  {
+    const nb::gil_scoped_release release;
+    check(hvdb_forecast(pointer<const double>(computing_us), steps, ranks, required, tail_us, catch_up_us, carry_over,
+                        &update_us, &contributors, contributed.data()));
+  }
+  return nb::make_tuple(update_us, contributors, contributed);
+}
+
+std::shared_ptr<PyEngine> over_mpi(std::uintptr_t comm, const std::string& trace, const std::string& timeline) {
+  const hvdb_files files{trace.c_str(), timeline.c_str()};
   hvdb_engine* engine = nullptr;
   hvdb_status status;
   {
     const nb::gil_scoped_release release;
-    status = hvdb_engine_create_mpi(pointer<const void>(comm), trace.c_str(), &engine);
+    status = hvdb_engine_create_mpi(pointer<const void>(comm), &files, &engine);
   }
   check(status);
   return std::make_shared<PyEngine>(engine);
 }
 
-std::shared_ptr<PyEngine> in_process(PyHub& hub, int rank, const std::string& trace) {
+std::shared_ptr<PyEngine> in_process(PyHub& hub, int rank, const std::string& trace, const std::string& timeline) {
+  const hvdb_files files{trace.c_str(), timeline.c_str()};
   hvdb_engine* engine = nullptr;
-  check(hvdb_engine_create_in_process(hub.hub, rank, trace.c_str(), &engine));
+  check(hvdb_engine_create_in_process(hub.hub, rank, &files, &engine));
   return std::make_shared<PyEngine>(engine);
 }
 
@@ -252,13 +268,20 @@ NB_MODULE(_core, m) {
   nb::class_<PyHub>(m, "Hub").def(nb::init<int>(), nb::arg("size"));
 
   nb::class_<PyEngine>(m, "Engine")
-      .def_static("over_mpi", &over_mpi, nb::arg("comm"), nb::arg("trace") = "")
-      .def_static("in_process", &in_process, nb::arg("hub"), nb::arg("rank"), nb::arg("trace") = "")
+      .def_static("over_mpi", &over_mpi, nb::arg("comm"), nb::arg("trace") = "", nb::arg("timeline") = "")
+      .def_static("in_process", &in_process, nb::arg("hub"), nb::arg("rank"), nb::arg("trace") = "",
+                  nb::arg("timeline") = "")
       .def_prop_ro("rank", [](const PyEngine& self) { return hvdb_rank(self.engine); })
       .def_prop_ro("size", [](const PyEngine& self) { return hvdb_size(self.engine); })
       .def("open", &open_channel, nb::arg("name"), nb::arg("kind"), nb::arg("description"), nb::arg("proposal"),
            nb::arg("required"), nb::arg("grace_us") = 0, nb::arg("max_misses") = 0, nb::arg("max_lag") = 64,
            nb::arg("arrive") = "first", nb::arg("wait_for_all") = false, nb::arg("average") = true)
+      .def("recorded",
+           [](PyEngine& self) {
+             const char* text = nullptr;
+             check(hvdb_recorded(self.engine, &text));
+             return std::string(text);
+           })
       .def("away", [](PyEngine& self) { check(hvdb_pause(self.engine)); })
       .def("join", &join)
       .def("shutdown", &shut_down, nb::arg("failure") = "");
@@ -273,6 +296,9 @@ NB_MODULE(_core, m) {
                    })
       .def("set_layout", &set_layout, nb::arg("buckets"), nb::arg("scopes"))
       .def("set_results", &set_results, nb::arg("results"))
+      .def(
+          "measure", [](PyChannel& self, int buckets) { check(hvdb_measure(self.channel, buckets)); },
+          nb::arg("buckets"))
       .def_prop_ro("step", [](const PyChannel& self) { return self.view().step; })
       .def_prop_ro("round_end",
                    [](const PyChannel& self) -> std::optional<int64_t> {
@@ -323,6 +349,8 @@ NB_MODULE(_core, m) {
 
   m.def("weighted_sum", &weighted_sum, nb::arg("dtype"), nb::arg("destination"), nb::arg("sources"), nb::arg("weights"),
         nb::arg("scale"), nb::arg("count"));
+  m.def("forecast", &forecast, nb::arg("computing_us"), nb::arg("steps"), nb::arg("ranks"), nb::arg("required"),
+        nb::arg("tail_us") = 0.0, nb::arg("catch_up_us") = 0.0, nb::arg("carry_over") = true);
   m.def("kernel_instruction_set", &hvdb_kernel_instruction_set);
   m.def("mpi_library_version", &hvdb_mpi_library_version);
   m.def("mpi_built_with", &hvdb_mpi_built_with);

@@ -36,7 +36,7 @@ constexpr const char* field_names<Withdraw> = "Withdraw channel step scope";
 template <>
 constexpr const char* field_names<Waiting> = "Waiting channel step";
 template <>
-constexpr const char* field_names<Done> = "Done channel step scope attempt";
+constexpr const char* field_names<Done> = "Done channel step scope attempt squares";
 template <>
 constexpr const char* field_names<Sync> = "Sync channel have round";
 template <>
@@ -52,7 +52,7 @@ constexpr const char* field_names<Join> = "Join";
 template <>
 constexpr const char* field_names<Exit> = "Exit failure";
 template <>
-constexpr const char* field_names<Opened> = "Opened name channel proposal";
+constexpr const char* field_names<Opened> = "Opened name channel proposal measured";
 template <>
 constexpr const char* field_names<Failed> = "Failed name reason";
 template <>
@@ -76,6 +76,8 @@ template <>
 constexpr const char* field_names<Refused> = "Refused pull";
 template <>
 constexpr const char* field_names<ChannelOptions> = "ChannelOptions required grace_us max_misses max_lag";
+template <>
+constexpr const char* field_names<Squares> = "Squares contributions mean";
 template <>
 constexpr const char* field_names<Outlook> = "Outlook round_end all_have";
 template <>
@@ -228,6 +230,10 @@ nb::dict describe_record(const Record& record) {
   out["bases"] = record.bases;
   out["arrivals"] = record.arrivals;
   out["reason"] = record.reason;
+  out["opened_at"] = record.opened_at;
+  out["required"] = record.required;
+  out["weights"] = record.weights;
+  out["squares"] = nb::make_tuple(record.squares.contributions, record.squares.mean);
   return out;
 }
 
@@ -399,7 +405,12 @@ void register_member(nb::module_& module) {
              return out;
            })
       .def("receive", &receive, "message"_a)
-      .def("reduced", &Member::reduced, "step"_a, "scope"_a, "attempt"_a)
+      .def(
+          "reduced",
+          [](Member& self, Step step, int scope, int attempt, double contributions, double mean) {
+            self.reduced(step, scope, attempt, {contributions, mean});
+          },
+          "step"_a, "scope"_a, "attempt"_a, "contribution_squares"_a = 0.0, "mean_squares"_a = 0.0)
       .def("fetched", &Member::fetched, "step"_a)
       .def("take_messages", [](Member& self) { return list_of(self.take_messages(), to_bytes); })
       .def("take_reductions", [](Member& self) { return list_of(self.take_reductions(), to_python<Decision>); })

@@ -50,16 +50,17 @@ T* pointer(Address address) {
 
 void run_weighted_sum(std::string_view dtype, Address destination, const std::vector<Address>& sources,
                       const std::vector<double>& weights, double scale, std::size_t count,
-                      std::string_view instruction_set) {
+                      std::string_view instruction_set, SquaredNorms* norms) {
   std::vector<const void*> pointers;
   for (const Address source : sources) pointers.push_back(pointer(source));
   if (instruction_set.empty()) {
-    weighted_sum(data_type(dtype), pointer(destination), pointers, weights, scale, count);
+    weighted_sum(data_type(dtype), pointer(destination), pointers, weights, scale, count, norms);
     return;
   }
   for (const InstructionSet& set : instruction_sets()) {
     if (set.name != instruction_set) continue;
-    set.sum(data_type(dtype), pointer(destination), pointers.data(), weights.data(), pointers.size(), scale, count);
+    set.sum(data_type(dtype), pointer(destination), pointers.data(), weights.data(), pointers.size(), scale, count,
+            norms);
     return;
   }
   throw UsageError("this machine or build has no kernel for " + std::string(instruction_set));
@@ -95,7 +96,8 @@ struct Endpoint {
                              .small_bytes = small_bytes,
                              .segment_bytes = segment_bytes,
                              .staging_bytes = staging_bytes,
-                             .staging = &staging};
+                             .staging = &staging,
+                             .norms = nullptr};
     start_allreduce(open(), std::move(options), [collective] { collective->done = true; });
     return collective;
   }
@@ -190,8 +192,24 @@ void register_data_plane(nb::module_& module) {
   nb::exception<UsageError>(module, "UsageError", PyExc_RuntimeError);
   nb::exception<RuntimeFailure>(module, "RuntimeFailure", PyExc_RuntimeError);
 
-  module.def("weighted_sum", &run_weighted_sum, "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a,
-             "count"_a, "instruction_set"_a = "", nb::call_guard<nb::gil_scoped_release>());
+  module.def(
+      "weighted_sum",
+      [](std::string_view dtype, Address destination, const std::vector<Address>& sources,
+         const std::vector<double>& weights, double scale, std::size_t count, std::string_view instruction_set) {
+        run_weighted_sum(dtype, destination, sources, weights, scale, count, instruction_set, nullptr);
+      },
+      "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a, "count"_a, "instruction_set"_a = "",
+      nb::call_guard<nb::gil_scoped_release>());
+  // The same; returns the squared norms of (sources, destination).
+  module.def(
+      "measured_sum",
+      [](std::string_view dtype, Address destination, const std::vector<Address>& sources,
+         const std::vector<double>& weights, double scale, std::size_t count, std::string_view instruction_set) {
+        SquaredNorms norms;
+        run_weighted_sum(dtype, destination, sources, weights, scale, count, instruction_set, &norms);
+        return std::pair(norms.sources, norms.destination);
+      },
+      "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a, "count"_a, "instruction_set"_a = "");
   module.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const InstructionSet& set : instruction_sets()) names.emplace_back(set.name);

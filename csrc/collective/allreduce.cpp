@@ -180,7 +180,9 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
     for (std::size_t member = 0; member < size_; ++member) {
       sources_[member] = member == self_ ? contribution(part).data() : arrival(slot, member);
     }
-    weighted_sum(options_.dtype, result(part).data(), sources_, options_.weights, options_.scale, part.size());
+    const bool counts = !one_exchange_ || self_ == 0;  // in one exchange, every member sums everything
+    weighted_sum(options_.dtype, result(part).data(), sources_, options_.weights, options_.scale, part.size(),
+                 counts ? options_.norms.get() : nullptr);
   }
 
   // Step 4, and in one exchange step 1.

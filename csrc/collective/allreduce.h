@@ -15,10 +15,12 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "base/data_type.h"
 #include "collective/staging_pool.h"
+#include "kernels/weighted_sum.h"
 #include "transport/transport.h"
 
 namespace hvd_backup {
@@ -42,6 +44,10 @@ struct AllreduceOptions {
   // Where that memory comes from and goes back to; must outlive the collective. Null: from the heap each time, which
   // costs page faults.
   StagingPool* staging = nullptr;
+
+  // If given: the squared norms of the part of the buffer that this member sums are added to it, in the same pass. Each
+  // element is counted by one member.
+  std::shared_ptr<SquaredNorms> norms;
 };
 
 // Starts the collective on this member; `on_done` runs inside transport.progress() (or inside this call when there is

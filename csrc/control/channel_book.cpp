@@ -62,10 +62,19 @@ void ChannelBook::open(int from, const Open& message, TimeUs now) {
     return;
   }
   if (!wait_for_all_) {
-    out_.replies.push_back({from, Opened{name_, id_, proposal_}});
+    if (from == first_rank_) record_opened(now);
+    out_.replies.push_back({from, Opened{name_, id_, proposal_, out_.measured}});
     return;
   }
   complete_opening(now);
+}
+
+void ChannelBook::record_opened(TimeUs now) {
+  Record opened = record(Record::Event::opened, now);
+  opened.kind = kind_;
+  opened.options = options_;
+  opened.reason = description_;
+  out_.records.push_back(opened);
 }
 
 // Once all ranks that are left have asked.
@@ -74,9 +83,10 @@ void ChannelBook::complete_opening(TimeUs now) {
     if (!gone_[static_cast<std::size_t>(r)] && !ranks_[static_cast<std::size_t>(r)].opened) return;
   }
   wait_for_all_ = false;
-  out_.records.push_back(record(Record::Event::opened, now));
+  record_opened(now);
   for (int r = 0; r < size_; ++r) {
-    if (ranks_[static_cast<std::size_t>(r)].opened) out_.replies.push_back({r, Opened{name_, id_, proposal_}});
+    if (ranks_[static_cast<std::size_t>(r)].opened)
+      out_.replies.push_back({r, Opened{name_, id_, proposal_, out_.measured}});
   }
 }
 
@@ -93,16 +103,16 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   scopes_ = message.scopes;
   buckets_ = message.buckets;
   if (rounds_.is_over(message.round)) {
-    late(from, message, now, "its round is over");
+    late(from, message, now, now, "its round is over");
   } else if (message.step < open_step_) {
     rank.on_time = message.step + 1 == open_step_ && is_on_time(now - started, last_took_us_);
-    late(from, message, now, "decided without it");
+    late(from, message, now, now, "decided without it");
   } else if (const auto end = rounds_.planned_end(gone_); end && message.step >= *end) {
-    late(from, message, now, "its round is over");
+    late(from, message, now, now, "its round is over");
   } else {
     Slot& slot = slots_[{message.step, message.scope}];
     if (slot.decision) {
-      late(from, message, now, "decided without it");
+      late(from, message, now, now, "decided without it");
     } else {
       slot.arrivals.push_back({from, now, message});
     }
@@ -121,6 +131,7 @@ void ChannelBook::withdraw(int from, const Withdraw& message, TimeUs now) {
     decision.tag = tags_(2 * buckets_);
     set_contributors(decision, slot.arrivals);
     slot.done.clear();
+    slot.squares = {};
     Record replaced = record(Record::Event::replaced, now);
     replaced.step = message.step;
     replaced.scope = message.scope;
@@ -165,7 +176,7 @@ void ChannelBook::turn_away(int rank, TimeUs now) {
   ranks_[static_cast<std::size_t>(rank)].turned_away = true;
   for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
     for (const Arrival& arrival : slot->second.arrivals) {
-      if (arrival.rank == rank) late(rank, arrival.message, now, "more ranks wait in another channel");
+      if (arrival.rank == rank) late(rank, arrival.message, arrival.at, now, "more ranks wait in another channel");
     }
     std::erase_if(slot->second.arrivals, [&](const Arrival& arrival) { return arrival.rank == rank; });
   }
@@ -177,7 +188,7 @@ void ChannelBook::done(int from, const Done& message, TimeUs now) {
   const Ranks& contributors =
       found->second.decision->contributors;  // of an earlier decision, dismissed since, it may be
   if (!std::binary_search(contributors.begin(), contributors.end(), from)) return;
-  found->second.done.insert(from);
+  if (found->second.done.emplace(from, now).second) found->second.squares += message.squares;
   Step& reached = ranks_[static_cast<std::size_t>(from)].reached;
   reached = std::max(reached, message.step + 1);
   if (found->second.is_final()) settle(now);
@@ -434,7 +445,11 @@ void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeU
     decided.bases.push_back(arrival.message.base);
     decided.arrivals.push_back(arrival.at);
   }
+  decided.opened_at = opened_at_;
+  decided.required = options_.required;
   decided.ranks = decision.contributors;
+  decided.weights = decision.weights;
+  decided.metadata = decision.metadata;
   out_.records.push_back(decided);
   if (strict()) out_.met.insert(out_.met.end(), decision.contributors.begin(), decision.contributors.end());
   slot.decision = decision;
@@ -491,6 +506,9 @@ void ChannelBook::finish_steps(TimeUs now) {
   while (final_ < open_step_) {
     PastUpdate update;
     update.step = final_;
+    Record finished = record(Record::Event::final_, now);
+    finished.step = final_;
+    std::map<int, TimeUs> done;
     for (int scope = 0; scope < scopes_; ++scope) {
       const auto slot = slots_.find({final_, scope});
       if (slot == slots_.end() || !slot->second.is_final()) return;
@@ -500,9 +518,13 @@ void ChannelBook::finish_steps(TimeUs now) {
         update.samples = decision.samples;
         update.metadata = decision.metadata;
       }
+      finished.squares += slot->second.squares;
+      for (const auto& [rank, at] : slot->second.done) done[rank] = std::max(done[rank], at);
     }
-    Record finished = record(Record::Event::final_, now);
-    finished.step = final_;
+    for (const auto& [rank, at] : done) {
+      finished.ranks.push_back(rank);
+      finished.arrivals.push_back(at);
+    }
     out_.records.push_back(finished);
     for (int scope = 0; scope < scopes_; ++scope) slots_.erase({final_, scope});
     history_.push_back(std::move(update));
@@ -577,6 +599,10 @@ void ChannelBook::answer(int to, TimeUs now) {
     if (rank.misses > 0) {
       rank.handicap_us = now - opened_at_;
       rank.resumed_at = now;
+      Record resumed = record(Record::Event::resumed, now);
+      resumed.ranks = {to};
+      resumed.step = have;
+      out_.records.push_back(resumed);
     }
     rank.turned_away = false;
     reply(Resume{});
@@ -585,12 +611,13 @@ void ChannelBook::answer(int to, TimeUs now) {
   }
 }
 
-void ChannelBook::late(int to, const Arrive& message, TimeUs now, const std::string& reason) {
+void ChannelBook::late(int to, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason) {
   Record dropped = record(Record::Event::dropped, now);
   dropped.step = message.step;
   dropped.scope = message.scope;
   dropped.ranks = {to};
   dropped.bases = {message.base};
+  dropped.arrivals = {arrived_at};
   dropped.reason = reason;
   out_.records.push_back(dropped);
   out_.replies.push_back({to, Late{id_, message.step, message.scope, open_step_, outlook_for(to)}});
@@ -598,7 +625,7 @@ void ChannelBook::late(int to, const Arrive& message, TimeUs now, const std::str
 
 void ChannelBook::dismiss_arrivals(TimeUs now, const std::string& reason) {
   for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end();) {
-    for (const Arrival& arrival : slot->second.arrivals) late(arrival.rank, arrival.message, now, reason);
+    for (const Arrival& arrival : slot->second.arrivals) late(arrival.rank, arrival.message, arrival.at, now, reason);
     slot = slots_.erase(slot);
   }
 }

@@ -6,7 +6,6 @@
 #include <functional>
 #include <map>
 #include <optional>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -27,6 +26,7 @@ struct Reply {
 struct Outbox {
   std::vector<Reply> replies;
   std::vector<Record> records;
+  bool measured = false;  // the squared norms of gradients are wanted
   Ranks met;  // contributors of collectives that all ranks had to enter: they are not in a full collective any more
 };
 
@@ -97,7 +97,8 @@ class ChannelBook {
   struct Slot {  // of one (step, scope)
     std::vector<Arrival> arrivals;
     std::optional<Decision> decision;
-    std::set<int> done;
+    std::map<int, TimeUs> done;  // rank, and since when
+    Squares squares;
     bool is_final() const { return decision && done.size() >= decision->contributors.size(); }
   };
   using SlotKey = std::pair<Step, int>;
@@ -109,6 +110,7 @@ class ChannelBook {
   bool is_meeting(Step step) const;
   bool meeting_pending() const;
   void complete_opening(TimeUs now);
+  void record_opened(TimeUs now);
   void settle(TimeUs now);
   bool decide_what_can(TimeUs now);
   bool close_round_if_ended(TimeUs now);
@@ -118,7 +120,7 @@ class ChannelBook {
   void advance_open_step(TimeUs now);
   void finish_steps(TimeUs now);
   void answer(int rank, TimeUs now);
-  void late(int to, const Arrive& message, TimeUs now, const std::string& reason);
+  void late(int to, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason);
   void dismiss_arrivals(TimeUs now, const std::string& reason);
   void fail(const std::string& reason, TimeUs now);
   void look_again(TimeUs at);

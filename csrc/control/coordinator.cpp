@@ -5,13 +5,15 @@
 
 namespace hvd_backup {
 
-Coordinator::Coordinator(int size, std::int32_t tag_limit)
+Coordinator::Coordinator(int size, std::int32_t tag_limit, bool measured)
     : size_(size),
       tag_limit_(tag_limit),
       joined_(static_cast<std::size_t>(size), false),
       paused_(static_cast<std::size_t>(size), false),
       gone_(static_cast<std::size_t>(size), false),
-      failures_(static_cast<std::size_t>(size)) {}
+      failures_(static_cast<std::size_t>(size)) {
+  out_.measured = measured;
+}
 
 ChannelBook& Coordinator::book(ChannelId id) {
   if (id >= books_.size()) throw RuntimeFailure("malformed message: unknown channel " + std::to_string(id));

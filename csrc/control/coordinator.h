@@ -15,8 +15,9 @@ namespace hvd_backup {
 
 class Coordinator {
  public:
-  // Tags of transfers that decisions hand out run from 0 to tag_limit - 1.
-  Coordinator(int size, std::int32_t tag_limit);
+  // Tags of transfers that decisions hand out run from 0 to tag_limit - 1. measured: whether squared norms of gradients
+  // are wanted in the records.
+  Coordinator(int size, std::int32_t tag_limit, bool measured = false);
   Coordinator(const Coordinator&) = delete;
   Coordinator& operator=(const Coordinator&) = delete;
 

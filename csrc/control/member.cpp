@@ -260,10 +260,10 @@ void Member::receive(const Over& message) {
   ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}};
 }
 
-void Member::reduced(Step step, int scope_index, int attempt) {
+void Member::reduced(Step step, int scope_index, int attempt, const Squares& squares) {
   if (!contributing(step, scope_index, attempt)) return;
   scope(scope_index).phase = Phase::done;
-  messages_.push_back(Done{id_, step, scope_index, attempt});
+  messages_.push_back(Done{id_, step, scope_index, attempt, squares});
 }
 
 }  // namespace hvd_backup

@@ -75,7 +75,7 @@ class Member {
   void receive(const Over& message);
 
   // --- the engine's reports ---
-  void reduced(Step step, int scope, int attempt);
+  void reduced(Step step, int scope, int attempt, const Squares& squares = {});
   void fetched(Step step);
 
   // --- what is to be done ---

@@ -36,6 +36,21 @@ struct ChannelOptions {
   }
 };
 
+// Squared norms over the elements of an update, for the gradient noise scale; zero: not measured.
+struct Squares {
+  double contributions = 0;  // summed over the contributors
+  double mean = 0;           // of the result
+  template <class A>
+  void fields(A& a) {
+    a(contributions), a(mean);
+  }
+  Squares& operator+=(const Squares& other) {
+    contributions += other.contributions;
+    mean += other.mean;
+    return *this;
+  }
+};
+
 // --- member to coordinator ---------------------------------------------------------------------------------------
 
 struct Open {
@@ -95,9 +110,10 @@ struct Done {
   Step step = 0;
   std::int32_t scope = 0;
   std::int32_t attempt = 0;
+  Squares squares;  // of the part that this rank has summed
   template <class A>
   void fields(A& a) {
-    a(channel), a(step), a(scope), a(attempt);
+    a(channel), a(step), a(scope), a(attempt), a(squares);
   }
 };
 
@@ -169,9 +185,10 @@ struct Opened {
   std::string name;
   ChannelId channel = 0;
   std::string proposal;
+  bool measured = false;  // squared norms are wanted
   template <class A>
   void fields(A& a) {
-    a(name), a(channel), a(proposal);
+    a(name), a(channel), a(proposal), a(measured);
   }
 };
 

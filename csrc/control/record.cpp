@@ -16,6 +16,8 @@ const char* name_of(Record::Event event) {
       return "final";
     case Record::Event::caught_up:
       return "caught_up";
+    case Record::Event::resumed:
+      return "resumed";
     case Record::Event::round_over:
       return "round_over";
     case Record::Event::held:

@@ -1,5 +1,5 @@
-// What the coordinator puts on record: enough to check the invariants afterwards (I2, I3, I7), and to log what
-// matters.
+// What the coordinator puts on record: enough to check the invariants afterwards (I2, I3, I7), to see who is late and
+// by how much, to repeat the run's decisions, and to log what matters. docs/trace.md says what is written of it.
 #pragma once
 
 #include <string>
@@ -12,12 +12,13 @@ namespace hvd_backup {
 
 struct Record {
   enum class Event {
-    opened,      // all ranks that are there agree on a channel
-    decision,    // ranks, bases and arrivals_us belong together
-    dropped,     // a gradient came too late, or its round was over; ranks = {rank}, bases = {base}
+    opened,      // a channel: options, and reason = its description, which all ranks agree on
+    decision,    // ranks, bases, arrivals and weights belong together
+    dropped,     // a gradient came too late, or its round was over; ranks = {rank}, bases = {base}, arrivals = {when}
     replaced,    // a contributor withdrew; the next attempt follows
-    final_,      // every contributor has the whole update
+    final_,      // every contributor has the whole update: ranks, and when each had it (arrivals)
     caught_up,   // ranks = {rank} asked for `step` and what follows
+    resumed,     // ranks = {rank} was late, has caught up, and begins to compute `step`
     round_over,  // step = the end
     held,        // a decision waits for a rank, and why; logged as a warning
     gone,        // ranks = {rank} has left for good
@@ -34,6 +35,22 @@ struct Record {
   std::vector<Step> bases;
   std::vector<TimeUs> arrivals;
   std::string reason;
+
+  // Of a decision.
+  TimeUs opened_at = 0;  // since when the step could be computed
+  int required = 0;      // N
+  std::vector<double> weights;
+  std::string metadata;
+
+  ChannelOptions options;                    // of an opened channel
+  ChannelKind kind = ChannelKind::training;  // likewise
+  Squares squares;                           // of a final update, scope 0 to the last
+
+  // About what it holds in memory.
+  std::size_t bytes() const {
+    return sizeof(Record) + channel.size() + reason.size() + metadata.size() + ranks.size() * sizeof(ranks[0]) +
+           (bases.size() + arrivals.size() + weights.size()) * 8;
+  }
 };
 
 const char* name_of(Record::Event event);

@@ -34,6 +34,7 @@ struct Reduction {
   std::vector<bool> started;      // by bucket
   int running = 0;                // collectives of this attempt that have not ended
   int left = 0;                   // buckets that are not complete
+  Squares squares;                // of what this rank has summed
   std::vector<int> retired_tags;  // of attempts that were given up, while something may still arrive for them
 };
 
@@ -43,6 +44,8 @@ struct Channel {
 
   const std::string name;
   const bool average;
+  bool measured = false;     // the coordinator wants the squared norms of gradients
+  int gradient_buckets = 0;  // the first so many buckets hold gradients
   Member member;
   bool opened = false;
   bool dirty = false;  // has something for the engine thread

@@ -48,19 +48,24 @@ class Raised {
   int& counter_;
 };
 
+double unix_s() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
+
 void report(int rank, const std::string& text) {
   std::fprintf(stderr, "[hvd_backup rank %d] %s\n", rank, text.c_str());
 }
 
 }  // namespace
 
-Engine::Engine(std::unique_ptr<Transport> transport, const std::string& trace)
+Engine::Engine(std::unique_ptr<Transport> transport, const EngineFiles& files)
     : transport_(std::move(transport)),
       rank_(transport_->rank()),
       size_(transport_->size()),
       tag_limit_(static_cast<std::int32_t>((static_cast<std::int64_t>(transport_->max_tag()) + 1) / 2)),
-      trace_(rank_ == 0 ? trace : "") {
-  if (rank_ == 0) coordinator_ = std::make_unique<Coordinator>(size_, tag_limit_);
+      header_{size_, monotonic_us(), unix_s()},
+      trace_(rank_ == 0 ? files.trace : "", header_),
+      timeline_(rank_ == 0 ? files.timeline : "", size_, header_.began_us),
+      recording_(header_) {
+  if (rank_ == 0) coordinator_ = std::make_unique<Coordinator>(size_, tag_limit_, !files.trace.empty());
   thread_ = std::thread([this] { run(); });
 }
 
@@ -137,6 +142,17 @@ void Engine::set_results(Channel& channel, const std::vector<void*>& results) {
                      std::to_string(channel.buckets.size()) + " buckets");
   }
   for (std::size_t b = 0; b < results.size(); ++b) channel.buckets[b].result = results[b];
+}
+
+void Engine::measure(Channel& channel, int buckets) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  channel.gradient_buckets = buckets;
+}
+
+std::string Engine::recorded() {
+  const std::scoped_lock lock(mutex_);
+  return coordinator_ ? recording_.text() : "";
 }
 
 void Engine::begin(Channel& channel, double samples, std::string metadata) {
@@ -386,6 +402,7 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
             channel->opened = true;
             channel->id = body_of.channel;
             channel->proposal = body_of.proposal;
+            channel->measured = body_of.measured;
             channel->member.opened(body_of.channel);
             channel->changed.notify_all();
           }
@@ -458,6 +475,7 @@ void Engine::collect(Channel& channel, Work& work) {
     reduction.decision = std::move(decision);
     reduction.started.assign(channel.buckets.size(), false);
     reduction.left = 0;
+    reduction.squares = {};
     for (const Bucket& bucket : channel.buckets)
       reduction.left += bucket.layout.scope == reduction.decision.scope ? 1 : 0;
   }
@@ -512,11 +530,16 @@ void Engine::start_reduction(const Start& start) {
   } else {
     options.weights.assign(decision.weights.size(), 1.0);  // a plain sum
   }
-  start_allreduce(*transport_, std::move(options),
-                  [this, channel = start.channel, decision] { bucket_reduced(*channel, decision); });
+  if (start.channel->measured && start.bucket < start.channel->gradient_buckets && !is_integer(options.dtype)) {
+    options.norms = std::make_shared<SquaredNorms>();
+  }
+  const auto norms = options.norms;
+  start_allreduce(*transport_, std::move(options), [this, channel = start.channel, decision, norms] {
+    bucket_reduced(*channel, decision, norms.get());
+  });
 }
 
-void Engine::bucket_reduced(Channel& channel, const Decision& decision) {
+void Engine::bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms) {
   bool complete = false;
   {
     const std::scoped_lock lock(mutex_);
@@ -524,12 +547,16 @@ void Engine::bucket_reduced(Channel& channel, const Decision& decision) {
     if (!channel.member.contributing(decision.step, decision.scope, decision.attempt)) return;  // given up meanwhile
     --reduction.running;
     --channel.running;
+    if (norms) reduction.squares += Squares{norms->sources, norms->destination};
     complete = --reduction.left == 0;
   }
   // Before anybody hears of it: the training thread may change the result once it has it.
   if (complete && static_cast<int>(decision.contributors.size()) < size_) keep_in_journal(channel, decision);
   const std::scoped_lock lock(mutex_);
-  if (complete) channel.member.reduced(decision.step, decision.scope, decision.attempt);
+  if (complete) {
+    const Squares& squares = channel.reductions[decision.scope].squares;
+    channel.member.reduced(decision.step, decision.scope, decision.attempt, squares);
+  }
   mark_dirty(channel);
   channel.changed.notify_all();
 }
@@ -610,6 +637,8 @@ void Engine::take_records() {
     if (record.event == Record::Event::held) report(rank_, "warning: '" + record.channel + "': " + record.reason);
   }
   trace_.write(records);
+  timeline_.write(records);
+  recording_.keep(records);
 }
 
 void Engine::fail(const std::string& reason) {

@@ -23,7 +23,9 @@
 #include "engine/channel.h"
 #include "engine/fetch.h"
 #include "engine/idle.h"
+#include "engine/timeline.h"
 #include "engine/trace.h"
+#include "kernels/weighted_sum.h"
 #include "transport/transport.h"
 
 namespace hvd_backup {
@@ -39,10 +41,15 @@ struct ChannelSpec {
   bool wait_for_all = false;
 };
 
+// Files that rank 0 writes; empty: none.
+struct EngineFiles {
+  std::string trace;     // see trace.h
+  std::string timeline;  // see timeline.h
+};
+
 class Engine {
  public:
-  // trace: file for the coordinator's records; empty: none.
-  Engine(std::unique_ptr<Transport> transport, const std::string& trace);
+  Engine(std::unique_ptr<Transport> transport, const EngineFiles& files);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -55,6 +62,8 @@ class Engine {
   bool opened(Channel& channel, TimeUs timeout_us);
   void set_layout(Channel& channel, const std::vector<BucketLayout>& buckets);
   void set_results(Channel& channel, const std::vector<void*>& results);
+  // The first so many buckets hold gradients: if the coordinator wants them, their squared norms are put on record.
+  void measure(Channel& channel, int buckets);
 
   void begin(Channel& channel, double samples, std::string metadata);
   void submit(Channel& channel, int bucket, const void* contribution, void* result);
@@ -80,6 +89,9 @@ class Engine {
   void pause();  // before a full collective
   void join();   // then joined() until it gives the last rank
   bool joined(TimeUs timeout_us, int* last_rank);
+
+  // What was recorded lately (Recording::text); empty on other ranks than 0.
+  std::string recorded();
 
   // Says that this rank leaves for good; shut_down() is true once all have left and the thread has ended.
   void leave_for_good(const std::string& failure);
@@ -113,7 +125,7 @@ class Engine {
   void carry_out(Work work, TimeUs now);
   void send(int to, const Message& message);
   void start_reduction(const Start& start);
-  void bucket_reduced(Channel& channel, const Decision& decision);
+  void bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms);
   void retire(Channel& channel, Reduction& reduction);
   bool clear_retired(Reduction& reduction);
   void keep_in_journal(Channel& channel, const Decision& decision);
@@ -133,7 +145,10 @@ class Engine {
   const int size_;
   const std::int32_t tag_limit_;  // decisions use the tags below it, fetches those from it to twice as many
   std::int32_t next_fetch_tag_ = 0;
+  const TraceHeader header_;
   Trace trace_;
+  Timeline timeline_;
+  Recording recording_;  // guarded by mutex_
   Ranks reported_gone_;
   std::vector<std::shared_ptr<Fetch>> fetches_;
   TimeUs fetch_us_ = 0;        // of the last fetch

@@ -54,15 +54,19 @@ std::span<const InstructionSet> instruction_sets() {
 }
 
 void weighted_sum(DataType dtype, void* destination, std::span<const void* const> sources,
-                  std::span<const double> weights, double scale, std::size_t count) {
+                  std::span<const double> weights, double scale, std::size_t count, SquaredNorms* norms) {
   if (sources.empty()) throw UsageError("weighted_sum: no sources; at least one is needed");
   if (weights.size() != sources.size()) {
     throw UsageError("weighted_sum: " + std::to_string(weights.size()) + " weights for " +
                      std::to_string(sources.size()) + " sources; give one weight for each source");
   }
-  if (is_integer(dtype)) check_integer_weights(weights, scale);
+  if (is_integer(dtype)) {
+    check_integer_weights(weights, scale);
+    if (norms != nullptr) throw UsageError("weighted_sum of integers: there are no squared norms of integers");
+  }
   if (count == 0) return;
-  instruction_sets().back().sum(dtype, destination, sources.data(), weights.data(), sources.size(), scale, count);
+  instruction_sets().back().sum(dtype, destination, sources.data(), weights.data(), sources.size(), scale, count,
+                                norms);
 }
 
 const char* kernel_instruction_set() { return instruction_sets().back().name; }

@@ -13,10 +13,18 @@
 
 namespace hvd_backup {
 
+struct SquaredNorms {
+  double sources = 0;      // summed over the sources, before weights
+  double destination = 0;  // after weights and scale
+};
+
 // Each source and the destination hold `count` elements of `dtype`. The destination may be one of the sources, and may
 // not overlap one in part. Integers: every weight and the scale must be 1 (UsageError otherwise).
+//
+// norms: if given, the squared norms of this piece are added to it in the same pass; the sum is the same bit for bit.
+// They are sums of float32 squares by blocks, so of about six digits. Not for integers (UsageError).
 void weighted_sum(DataType dtype, void* destination, std::span<const void* const> sources,
-                  std::span<const double> weights, double scale, std::size_t count);
+                  std::span<const double> weights, double scale, std::size_t count, SquaredNorms* norms = nullptr);
 
 // The instruction set that weighted_sum has chosen on this machine: "baseline", "avx2" or "avx512".
 const char* kernel_instruction_set();

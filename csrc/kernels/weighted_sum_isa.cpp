@@ -11,6 +11,8 @@
 // that copy could be the one with instructions that the machine lacks. Hence the plain loops and compiler builtins.
 #include "kernels/weighted_sum_isa.h"
 
+#include "kernels/weighted_sum.h"
+
 #include <cstdint>
 
 #if defined(__F16C__)
@@ -181,34 +183,47 @@ struct Sum {
     Lane* partial;        // where the sums go when more groups follow; null for the last group
   };
 
+  // Squared norms of a block, lane by lane; the lanes are added up in float64, block by block.
+  struct Norms {
+    V sources;
+    V destination;
+  };
+
   Stored* destination;
   Lane scale;
 
   // Elements [offset, offset + n * lanes), n vectors at once. Everything is read before anything is written, because
   // the destination may be one of the sources.
-  template <std::size_t n, bool unit>
-  void vectors(const Group& group, std::size_t base, std::size_t offset) const {
+  template <std::size_t n, bool unit, bool measured>
+  void vectors(const Group& group, std::size_t base, std::size_t offset, Norms* norms) const {
     V sums[n];
+    V squares{};
     std::size_t first = 0;
     if (group.carried != nullptr) {
       for (std::size_t u = 0; u < n; ++u) sums[u] = load_bytes<V>(group.carried + offset + u * lanes);
     } else {
-      for (std::size_t u = 0; u < n; ++u) sums[u] = term<unit>(group, 0, base + offset + u * lanes);
+      for (std::size_t u = 0; u < n; ++u) sums[u] = term<unit, measured>(group, 0, base + offset + u * lanes, squares);
       first = 1;
     }
     for (std::size_t i = first; i < group.size; ++i) {
-      for (std::size_t u = 0; u < n; ++u) sums[u] += term<unit>(group, i, base + offset + u * lanes);
+      for (std::size_t u = 0; u < n; ++u) sums[u] += term<unit, measured>(group, i, base + offset + u * lanes, squares);
     }
+    if constexpr (measured) norms->sources += squares;
     if (group.partial != nullptr) {
       for (std::size_t u = 0; u < n; ++u) store_bytes(group.partial + offset + u * lanes, sums[u]);
-    } else {
-      for (std::size_t u = 0; u < n; ++u) Format::store(destination + base + offset + u * lanes, scaled(sums[u]));
+      return;
+    }
+    for (std::size_t u = 0; u < n; ++u) {
+      const V value = scaled(sums[u]);
+      if constexpr (measured) norms->destination += value * value;
+      Format::store(destination + base + offset + u * lanes, value);
     }
   }
 
-  template <bool unit>
-  static V term(const Group& group, std::size_t source, std::size_t element) {
+  template <bool unit, bool measured>
+  static V term(const Group& group, std::size_t source, std::size_t element, V& squares) {
     const V value = Format::load(group.sources[source] + element);
+    if constexpr (measured) squares += value * value;
     if constexpr (unit) return value;
     return value * group.weights[source];
   }
@@ -219,19 +234,19 @@ struct Sum {
   }
 
   // Adds up elements [base, base + count) of the group's sources.
-  template <bool unit>
-  void elements(const Group& group, std::size_t base, std::size_t count) const {
+  template <bool unit, bool measured>
+  void elements(const Group& group, std::size_t base, std::size_t count, Norms* norms) const {
     std::size_t offset = 0;
     for (; offset + tile_vectors * lanes <= count; offset += tile_vectors * lanes) {
-      vectors<tile_vectors, unit>(group, base, offset);
+      vectors<tile_vectors, unit, measured>(group, base, offset, norms);
     }
-    for (; offset + lanes <= count; offset += lanes) vectors<1, unit>(group, base, offset);
-    if (offset < count) tail<unit>(group, base, offset, count - offset);
+    for (; offset + lanes <= count; offset += lanes) vectors<1, unit, measured>(group, base, offset, norms);
+    if (offset < count) tail<unit, measured>(group, base, offset, count - offset, norms);
   }
 
   // The last, incomplete vector: the same vector arithmetic on copies filled up with zeros.
-  template <bool unit>
-  void tail(const Group& group, std::size_t base, std::size_t offset, std::size_t count) const {
+  template <bool unit, bool measured>
+  void tail(const Group& group, std::size_t base, std::size_t offset, std::size_t count, Norms* norms) const {
     Stored padded[group_size][lanes] = {};
     Lane carried[lanes] = {};
     Lane partial[lanes];
@@ -246,7 +261,7 @@ struct Sum {
       copy.carried = carried;
     }
     if (group.partial != nullptr) copy.partial = partial;
-    Sum{out, scale}.template vectors<1, unit>(copy, 0, 0);
+    Sum{out, scale}.template vectors<1, unit, measured>(copy, 0, 0, norms);
     if (group.partial != nullptr) {
       __builtin_memcpy(group.partial + offset, partial, count * sizeof(Lane));
     } else {
@@ -254,12 +269,15 @@ struct Sum {
     }
   }
 
-  void run(const void* const* sources, const double* weights, std::size_t source_count, std::size_t count) const {
+  template <bool measured>
+  void run(const void* const* sources, const double* weights, std::size_t source_count, std::size_t count,
+           SquaredNorms* norms) const {
     Lane partial[block];
-    const bool one_group = source_count <= group_size;
-    const std::size_t step = one_group ? count : block;
+    const bool at_once = source_count <= group_size && !measured;
+    const std::size_t step = at_once ? count : block;
     for (std::size_t base = 0; base < count; base += step) {
       const std::size_t length = count - base < step ? count - base : step;
+      Norms of_block{};
       for (std::size_t first = 0; first < source_count; first += group_size) {
         Group group;
         group.size = source_count - first < group_size ? source_count - first : group_size;
@@ -272,9 +290,16 @@ struct Sum {
         group.carried = first == 0 ? nullptr : partial;
         group.partial = first + group.size < source_count ? partial : nullptr;
         if constexpr (Format::weighted) {
-          group.unit ? elements<true>(group, base, length) : elements<false>(group, base, length);
+          group.unit ? elements<true, measured>(group, base, length, &of_block)
+                     : elements<false, measured>(group, base, length, &of_block);
         } else {
-          elements<true>(group, base, length);
+          elements<true, false>(group, base, length, nullptr);
+        }
+      }
+      if constexpr (measured) {
+        for (std::size_t lane = 0; lane < lanes; ++lane) {
+          norms->sources += static_cast<double>(of_block.sources[lane]);
+          norms->destination += static_cast<double>(of_block.destination[lane]);
         }
       }
     }
@@ -283,28 +308,31 @@ struct Sum {
 
 template <class Format>
 void sum(void* destination, const void* const* sources, const double* weights, std::size_t source_count, double scale,
-         std::size_t count) {
+         std::size_t count, SquaredNorms* norms) {
   const Sum<Format> job{static_cast<typename Format::Stored*>(destination), static_cast<typename Format::Lane>(scale)};
-  job.run(sources, weights, source_count, count);
+  if constexpr (Format::weighted) {
+    if (norms != nullptr) return job.template run<true>(sources, weights, source_count, count, norms);
+  }
+  job.template run<false>(sources, weights, source_count, count, nullptr);
 }
 
 }  // namespace
 
 void weighted_sum_kernel(DataType dtype, void* destination, const void* const* sources, const double* weights,
-                         std::size_t source_count, double scale, std::size_t count) {
+                         std::size_t source_count, double scale, std::size_t count, SquaredNorms* norms) {
   switch (dtype) {
     case DataType::float16:
-      return sum<Float16>(destination, sources, weights, source_count, scale, count);
+      return sum<Float16>(destination, sources, weights, source_count, scale, count, norms);
     case DataType::bfloat16:
-      return sum<BFloat16>(destination, sources, weights, source_count, scale, count);
+      return sum<BFloat16>(destination, sources, weights, source_count, scale, count, norms);
     case DataType::float32:
-      return sum<Plain<float>>(destination, sources, weights, source_count, scale, count);
+      return sum<Plain<float>>(destination, sources, weights, source_count, scale, count, norms);
     case DataType::float64:
-      return sum<Plain<double>>(destination, sources, weights, source_count, scale, count);
+      return sum<Plain<double>>(destination, sources, weights, source_count, scale, count, norms);
     case DataType::int32:  // unsigned: the same bits, and overflow is defined
-      return sum<Plain<std::uint32_t>>(destination, sources, weights, source_count, scale, count);
+      return sum<Plain<std::uint32_t>>(destination, sources, weights, source_count, scale, count, norms);
     case DataType::int64:
-      return sum<Plain<std::uint64_t>>(destination, sources, weights, source_count, scale, count);
+      return sum<Plain<std::uint64_t>>(destination, sources, weights, source_count, scale, count, norms);
   }
 }
 

@@ -9,9 +9,11 @@
 
 namespace hvd_backup {
 
-// What weighted_sum does, its arguments already checked. `source_count` is at least 1.
+struct SquaredNorms;
+
+// What weighted_sum does, its arguments already checked. `source_count` is at least 1; `norms` may be null.
 using WeightedSumKernel = void (*)(DataType dtype, void* destination, const void* const* sources, const double* weights,
-                                   std::size_t source_count, double scale, std::size_t count);
+                                   std::size_t source_count, double scale, std::size_t count, SquaredNorms* norms);
 
 struct InstructionSet {
   const char* name;
@@ -24,7 +26,7 @@ std::span<const InstructionSet> instruction_sets();
 #define HVD_BACKUP_DECLARE_KERNEL(isa)                                                                           \
   namespace isa {                                                                                                \
   void weighted_sum_kernel(DataType dtype, void* destination, const void* const* sources, const double* weights, \
-                           std::size_t source_count, double scale, std::size_t count);                           \
+                           std::size_t source_count, double scale, std::size_t count, SquaredNorms* norms);      \
   }
 HVD_BACKUP_DECLARE_KERNEL(baseline)
 HVD_BACKUP_DECLARE_KERNEL(avx2)

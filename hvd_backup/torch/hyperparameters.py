@@ -6,7 +6,7 @@ functions of `param_groups`; everything in a group but its parameters is a hyper
 
 from __future__ import annotations
 
-import pickle
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +16,7 @@ __all__ = ["Hyperparameters", "changes", "decode", "encode", "install", "snapsho
 
 Hyperparameters = list[dict[str, Any]]
 
+_TUPLE = "tuple"  # {"tuple": [...]} stands for a tuple, which JSON does not know
 _NOT_THOSE = ("params", "param_names")
 
 
@@ -28,13 +29,13 @@ def snapshot(param_groups: Sequence[dict[str, Any]]) -> Hyperparameters:
 
 
 def encode(values: Hyperparameters) -> bytes:
-    """For the message."""
-    return pickle.dumps(values, protocol=pickle.HIGHEST_PROTOCOL)
+    """For the message, and for traces: as JSON, so that a trace can be read, and replayed without trusting it."""
+    return json.dumps(_marked(values)).encode()
 
 
 def decode(data: bytes) -> Hyperparameters:
-    """The opposite of `encode`. The bytes come from a rank of this very program."""
-    values: Hyperparameters = pickle.loads(data)
+    """The opposite of `encode`: equal values of the same types."""
+    values: Hyperparameters = json.loads(data, object_hook=lambda made: tuple(made[_TUPLE]) if _TUPLE in made else made)
     return values
 
 
@@ -60,6 +61,15 @@ def changes(before: Hyperparameters, now: Hyperparameters) -> str:
                 where = f" of parameter group {index}" if len(before) > 1 else ""
                 told.append(f"{key}{where} from {old.get(key)!r} to {new.get(key)!r}")
     return ", ".join(told)
+
+
+def _marked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _marked(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_marked(item) for item in value]
+        return {_TUPLE: items} if isinstance(value, tuple) else items
+    return value
 
 
 def _is_plain(value: Any) -> bool:
