@@ -40,6 +40,7 @@ class Engine:
         arrive: str = "first",
         wait_for_all: bool = False,
         average: bool = True,
+        automatic: bool = False,
     ) -> Channel:
         """Opens the channel `name`, the same on all ranks.
 
@@ -49,9 +50,20 @@ class Engine:
         required: N, contributors waited for. grace_us, max_misses (0: off), max_lag: as in the design.
         arrive: "first" or "last" bucket of a scope.
         average: results are means over the contributors, weighted by samples; otherwise sums. Integers: sums.
+        automatic: N is chosen from step to step (csrc/control/required_chooser.h), and never below `required`.
         wait_for_all: return only when all ranks have opened it (so that differences are found before the first step).
         """
 
+    def replay_channel(self, channel: str, description: str) -> None:
+        """Rank 0 only, before any rank opens a channel: `channel` is to repeat the decisions given below, in order."""
+
+    def replay_decision(
+        self, channel: str, step: int, scope: int, ranks: list[int], weights: list[float], metadata: bytes
+    ) -> None: ...
+    def replay_drop(self, channel: str, step: int, scope: int, rank: int) -> None:
+        """The gradient of `rank` for this step was not used."""
+
+    def replay_round_end(self, channel: str, step: int) -> None: ...
     def recorded(self) -> str:
         """What the coordinator has recorded lately, as a trace file would have it; on other ranks than 0 empty."""
 
@@ -150,6 +162,10 @@ class Update:
         """Sum of the contributors' samples, in scope 0."""
 
     @property
+    def required(self) -> int:
+        """N, when the update was decided."""
+
+    @property
     def metadata(self) -> bytes:
         """Of the lowest contributor, in scope 0."""
 
@@ -164,12 +180,12 @@ def forecast(
     tail_us: float = 0.0,
     catch_up_us: float = 0.0,
     carry_over: bool = True,
-) -> tuple[float, float, list[float]]:
+) -> tuple[float, list[float]]:
     """What an update would take with `required` contributors: csrc/control/forecast.h.
 
     computing_us: address of a float64 array [steps, ranks].
 
-    Returns (microseconds per update, mean number of contributors, share of the updates that each rank is part of).
+    Returns (microseconds per update, share of the updates that each rank is part of).
     """
 
 def kernel_instruction_set() -> str: ...

@@ -21,6 +21,7 @@ class AppliedUpdate:
         step: its number in this run, from 0; -1 as long as there was none.
         contributors: the ranks whose gradients it holds, ascending. With scope="bucket": those in every bucket.
         by_scope: the same for each scope: one entry with scope="step", one for each bucket with scope="bucket".
+        required: N, how many contributors it waited for. With backup_workers="auto" it changes.
         samples: sum of the contributors' `samples` (the effective batch). With scope="bucket": of the first bucket.
         contributed: this rank's gradient is in it (in all of its buckets).
         caught_up: how many updates without this rank's gradient the last step() has applied; while the functions of
@@ -33,6 +34,7 @@ class AppliedUpdate:
     step: int = -1
     contributors: tuple[int, ...] = ()
     by_scope: tuple[tuple[int, ...], ...] = ()
+    required: int = 0
     samples: float = 0.0
     contributed: bool = False
     caught_up: int = 0
@@ -50,6 +52,7 @@ def describe_update(
         step=update.step,
         contributors=tuple(sorted(everywhere)),
         by_scope=by_scope,
+        required=update.required,
         samples=update.samples,
         contributed=update.contributed,
         caught_up=caught_up,

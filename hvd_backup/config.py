@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,11 +40,15 @@ def _option(default: Any, meaning: str, check: values_of.Check, horovod: str | N
 class Config:
     """Every option with its value. Immutable; construction checks every value."""
 
-    backup_workers: int | float = _option(
-        0, "b: an update waits for the first n - b ranks; a fraction f means floor(f * n)", values_of.backup_workers
+    backup_workers: int | float | str = _option(
+        0, "b: an update waits for the first n - b ranks; a fraction f means floor(f * n); `auto`: chosen as it runs",
+        values_of.backup_workers,
+    )  # fmt: skip
+    min_contributors: int = _option(
+        0, "with `auto`: so many ranks are waited for at least; 0: half of them, rounded up", values_of.integer(0)
     )
     policy: str | None = _option(
-        None, "who is waited for, by name: `synchronous` (b = 0) or `backup` (b > 0)", values_of.policy
+        None, "who is waited for, by name: `synchronous` (b = 0), `backup` (b > 0) or `auto`", values_of.policy
     )
     grace: float = _option(
         0.0, "seconds after the (n - b)-th arrival during which others still count", values_of.seconds
@@ -76,6 +81,7 @@ class Config:
         1 << 30, "memory of each rank for the updates kept by one channel when max_lag is `auto`", values_of.byte_count
     )
     trace: str = _option("", "file to which rank 0 records the run as JSON lines (docs/trace.md)", values_of.path)
+    replay: str = _option("", "trace of a run whose decisions are to be made again (rank 0 reads it)", values_of.path)
     timeline: str = _option(
         "", "file to which rank 0 writes who did what when, for chrome://tracing and Perfetto", values_of.path,
         horovod="HOROVOD_TIMELINE",
@@ -107,6 +113,8 @@ class Config:
             for candidate in (environment_name(name), option.horovod):
                 if candidate and environ.get(candidate):
                     values[name] = _checked(candidate, environ[candidate], option)
+                    if candidate == "HOROVOD_TIMELINE":
+                        values[name] = _beside_horovod(values[name])
                     break
         return cls(**values)
 
@@ -124,9 +132,17 @@ class Config:
         given = {name: value for name, value in arguments.items() if value is not None}
         if "backup_workers" in given:
             given.setdefault("policy", None)
-        elif given.get("policy") == "synchronous":
+        elif given.get("policy") in ("synchronous", "auto"):
             given["backup_workers"] = 0
         return dataclasses.replace(self, **given)
+
+
+def _beside_horovod(timeline: str) -> str:
+    """Our file, where HOROVOD_TIMELINE names one: another one when Horovod is here and writes its own."""
+    if timeline == "DYNAMIC":  # Horovod's word for: when the program calls start_timeline
+        return ""
+    root, extension = os.path.splitext(timeline)
+    return f"{root}.hvd_backup{extension}" if "horovod" in sys.modules else timeline
 
 
 def environment_name(option: str) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hvd_backup import byte_collectives, context, numpy_buffers
-from hvd_backup.context import init, is_initialized, shutdown
+from hvd_backup.context import init, is_initialized, shutdown, straggler_report
 from hvd_backup.errors import UsageError
 from hvd_backup.first_n import Handle, ReduceOp, Signature, contributors_wanted
 from hvd_backup.numpy_buffers import as_buffer, bytes_of, signature_of
@@ -56,6 +56,7 @@ __all__ = [
     "rank",
     "shutdown",
     "size",
+    "straggler_report",
     "synchronize",
 ]
 

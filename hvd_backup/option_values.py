@@ -16,10 +16,9 @@ from typing import Any
 from hvd_backup import faults
 from hvd_backup.errors import ConfigError
 
-POLICIES = ("synchronous", "backup")
+POLICIES = ("synchronous", "backup", "auto")
 PLANNED_POLICIES = (
     "asynchronous",
-    "auto",
     "deadline",
     "delayed",
     "eager-majority",
@@ -57,11 +56,11 @@ def one_of(*names: str) -> Check:
     return check
 
 
-def backup_workers(value: Any) -> int | float:
-    """A count (integer >= 0) or a fraction of the ranks (0 < f < 1)."""
-    expected = "expected an integer >= 0, or a fraction of the ranks between 0 and 1 (0.25: every fourth rank)"
+def backup_workers(value: Any) -> int | float | str:
+    """A count (integer >= 0), a fraction of the ranks (0 < f < 1), or "auto"."""
+    expected = 'expected an integer >= 0, a fraction of the ranks between 0 and 1 (0.25: every fourth rank), or "auto"'
     if isinstance(value, str) and value.lower() == "auto":
-        raise ValueError(f'"auto" is not there yet; {expected}')
+        return "auto"
     try:
         return integer(0)(value)  # type: ignore[no-any-return]
     except ValueError:

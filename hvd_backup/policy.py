@@ -25,7 +25,8 @@ class Policy:
 
     Attributes:
         size: number of ranks, n.
-        backup_workers: b, 0 <= b < n.
+        backup_workers: b, 0 <= b < n. When `automatic`, the most that it may become.
+        automatic: b is chosen while the run goes on.
         grace: seconds after the N-th arrival during which others still count.
         max_misses: a rank left out this many times in a row is waited for; 0: never.
         max_staleness: always 0 yet.
@@ -39,6 +40,7 @@ class Policy:
 
     size: int
     backup_workers: int
+    automatic: bool = False
     grace: float = 0.0
     max_misses: int = 0
     max_staleness: int = 0
@@ -62,7 +64,16 @@ class Policy:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"size={size!r}: expected a number of ranks >= 1")
         options = config.override(**arguments)
-        backup_workers = _whole(options.backup_workers, size)
+        automatic = options.backup_workers == "auto" or options.policy == "auto"
+        if options.policy == "auto" and options.backup_workers not in (0, "auto"):
+            raise ConfigError(
+                f'policy="auto" chooses the number of backup workers, but backup_workers={options.backup_workers}: '
+                "give one of them"
+            )
+        if automatic:
+            backup_workers = size - _least(options.min_contributors, size)
+        else:
+            backup_workers = _whole(options.backup_workers, size)
         if options.policy == "synchronous" and options.backup_workers != 0:
             raise ConfigError(
                 f'policy="synchronous" waits for all ranks, but backup_workers={options.backup_workers}: '
@@ -73,6 +84,7 @@ class Policy:
         return cls(
             size=size,
             backup_workers=backup_workers,
+            automatic=automatic,
             grace=options.grace,
             max_misses=options.max_misses,
             max_staleness=options.max_staleness,
@@ -86,7 +98,7 @@ class Policy:
 
     @property
     def required(self) -> int:
-        """N: how many contributors an update waits for."""
+        """N: how many contributors an update waits for; when `automatic`, at least."""
         return self.size - self.backup_workers
 
     @property
@@ -104,7 +116,7 @@ class Policy:
         """Lines that must be equal on all ranks, for the description of a channel."""
         return "\n".join(
             (
-                f"backup_workers {self.backup_workers} of {self.size} ranks",
+                f"backup_workers {'auto, up to ' if self.automatic else ''}{self.backup_workers} of {self.size} ranks",
                 f"grace {self.grace} s",
                 f"max_misses {self.max_misses}",
                 f"max_staleness {self.max_staleness}",
@@ -126,7 +138,16 @@ def journal_depth(update_bytes: int, size: int, journal_bytes: int) -> int:
     return max(MIN_AUTO_LAG, min(MAX_AUTO_LAG, journal_bytes // (2 * update_bytes // size + 1)))
 
 
-def _whole(backup_workers: int | float, size: int) -> int:
+def _least(min_contributors: int, size: int) -> int:
+    if min_contributors > size:
+        raise ConfigError(
+            f"min_contributors={min_contributors}, but there are {size} ranks: at most {size}, or 0 for half"
+        )
+    return min_contributors or (size + 1) // 2
+
+
+def _whole(backup_workers: int | float | str, size: int) -> int:
+    assert not isinstance(backup_workers, str)  # "auto" is the caller's
     if isinstance(backup_workers, float):
         return min(math.floor(backup_workers * size + 1e-9), size - 1)
     if backup_workers >= size:

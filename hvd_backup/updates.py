@@ -116,6 +116,7 @@ class UpdateStream:
             max_lag=self.policy.lag_bound(update_bytes),
             arrive=self.policy.arrive,
             wait_for_all=self._is_alone(),
+            automatic=self.policy.automatic,
         )
         return self.channel.proposal
 

@@ -20,6 +20,7 @@ class FakeUpdate:
     contributors: list[list[int]] = field(default_factory=lambda: [[0, 1, 2]])
     contributed: bool = False
     samples: float = 3.0
+    required: int = 3
     metadata: bytes = b""
 
 
@@ -48,6 +49,9 @@ class FakeChannel:
 
     def set_layout(self, buckets: list[tuple[int, str]], scopes: list[int]) -> None:
         self.log.append(("set_layout", buckets, scopes))
+
+    def measure(self, buckets: int) -> None:
+        self.log.append(("measure", buckets))
 
     def set_results(self, results: list[int]) -> None:
         self.log.append(("set_results", results))

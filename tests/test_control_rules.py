@@ -450,7 +450,7 @@ def test_when_all_contributors_have_withdrawn_the_update_is_empty_and_final() ->
     assert talk.say(0, "Withdraw", step=0) == []
     assert len(talk.recorded("final")) == 1
     updates = talk.say(1, "Sync", have=0)[0][1]["updates"]
-    assert updates == [{"step": 0, "contributors": [[]], "samples": 0.0, "metadata": ""}]
+    assert updates == [{"step": 0, "contributors": [[]], "samples": 0.0, "required": 1, "metadata": ""}]
 
 
 def test_what_is_final_cannot_be_taken_back() -> None:

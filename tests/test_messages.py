@@ -17,10 +17,12 @@ unsigned = st.integers(0, (1 << 32) - 1)
 number = st.floats(allow_nan=False)
 text = st.binary(max_size=40).map(lambda data: data.decode("utf-8", "surrogateescape"))  # any bytes
 ranks = st.lists(int32, max_size=5)
-options = st.fixed_dictionaries({"required": int32, "grace_us": int64, "max_misses": int32, "max_lag": int64})
+options = st.fixed_dictionaries(
+    {"required": int32, "grace_us": int64, "max_misses": int32, "max_lag": int64, "automatic": st.booleans()}
+)
 outlook = st.fixed_dictionaries({"round_end": int64, "all_have": int64})
 past = st.fixed_dictionaries(
-    {"step": int64, "contributors": st.lists(ranks, max_size=3), "samples": number, "metadata": text}
+    {"step": int64, "contributors": st.lists(ranks, max_size=3), "samples": number, "required": int32, "metadata": text}
 )
 pull = {"channel": unsigned, "step": int64, "bucket": int32, "shard": int32, "tag": int32}
 place = {"channel": unsigned, "step": int64, "scope": int32}
@@ -55,6 +57,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "contributors": ranks,
         "weights": st.lists(number, max_size=5),
         "samples": number,
+        "required": int32,
         "metadata": text,
         "outlook": outlook,
     },

@@ -44,10 +44,26 @@ def test_any_fraction_leaves_somebody_to_wait_for(size: int, fraction: float) ->
     assert policy.required + policy.backup_workers == size
 
 
-@pytest.mark.parametrize("value", [-1, True, False, float("nan"), 0.0, 1.0, 1.5, -0.25, "auto", "many", [1], "1e400"])
+@pytest.mark.parametrize("value", [-1, True, False, float("nan"), 0.0, 1.0, 1.5, -0.25, "many", [1], "1e400"])
 def test_what_is_no_number_of_backup_workers_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="backup_workers="):
         Policy.resolve(Config(), 4, backup_workers=value)
+
+
+@given(size=SIZES, data=st.data())
+def test_auto_waits_for_half_of_the_ranks_at_least_or_as_many_as_are_asked_for(size: int, data: st.DataObject) -> None:
+    policy = Policy.resolve(Config(), size, backup_workers="auto")
+    assert policy.automatic and policy.required == (size + 1) // 2
+    least = data.draw(st.integers(1, size))
+    by_name = Policy.resolve(Config(), size, policy="auto", min_contributors=least)
+    assert by_name.automatic and by_name.required == least
+    with pytest.raises(ConfigError, match=f"at most {size}"):
+        Policy.resolve(Config(), size, backup_workers="auto", min_contributors=size + 1)
+
+
+def test_auto_by_name_contradicts_a_number() -> None:
+    with pytest.raises(ConfigError, match='policy="auto" chooses'):
+        Policy.resolve(Config(), 4, policy="auto", backup_workers=1)
 
 
 def test_numpy_numbers_are_numbers() -> None:
@@ -94,6 +110,7 @@ def test_a_policy_by_name() -> None:
 
 OPTIONS: dict[str, list[object]] = {
     "backup_workers": [0, 1],
+    "min_contributors": [1, 3],
     "grace": [0.0, 0.1],
     "max_misses": [0, 2],
     "late": ["drop", "carry"],
@@ -106,7 +123,8 @@ OPTIONS: dict[str, list[object]] = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_ranks_with_different_options_have_different_descriptions(option: str) -> None:
-    one, other = (Policy.resolve(Config(), 4, **{option: value}).description() for value in OPTIONS[option])
+    others = {"backup_workers": "auto"} if option == "min_contributors" else {}
+    one, other = (Policy.resolve(Config(), 4, **others, **{option: value}).description() for value in OPTIONS[option])
     assert one != other
     assert len(one.splitlines()) == len(other.splitlines()), "the first difference is found line by line"
 

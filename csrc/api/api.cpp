@@ -56,6 +56,12 @@ EngineFiles engine_files(const hvdb_files* files) {
   return files ? EngineFiles{text(files->trace), text(files->timeline)} : EngineFiles{};
 }
 
+ChannelScript& channel_of(Script& script, const char* name) {
+  const auto found = script.find(name);
+  if (found == script.end()) throw UsageError(std::string("hvdb_replay_channel was not called for ") + name);
+  return found->second;
+}
+
 hvdb_status yes_or_timeout(bool yes) { return yes ? HVDB_OK : HVDB_TIMEOUT; }
 
 DataType data_type(int value) {
@@ -101,6 +107,39 @@ void hvdb_engine_destroy(hvdb_engine* engine) { delete engine; }
 int hvdb_rank(const hvdb_engine* engine) { return engine->engine->rank(); }
 int hvdb_size(const hvdb_engine* engine) { return engine->engine->size(); }
 
+hvdb_status hvdb_replay_channel(hvdb_engine* engine, const char* channel, const char* description) {
+  return guarded([&] {
+    engine->engine->edit_script([&](Script& script) { script.try_emplace(channel, text(description)); });
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_replay_decision(hvdb_engine* engine, const char* channel, int64_t step, int scope, int contributors,
+                                 const int32_t* ranks, const double* weights, const void* metadata,
+                                 size_t metadata_size) {
+  return guarded([&] {
+    ScriptedDecision decision{{ranks, ranks + contributors}, {weights, weights + contributors}, {}};
+    decision.metadata = blob(metadata, metadata_size);
+    engine->engine->edit_script(
+        [&](Script& script) { channel_of(script, channel).add_decision(step, scope, std::move(decision)); });
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_replay_drop(hvdb_engine* engine, const char* channel, int64_t step, int scope, int rank) {
+  return guarded([&] {
+    engine->engine->edit_script([&](Script& script) { channel_of(script, channel).add_drop(step, scope, rank); });
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_replay_round_end(hvdb_engine* engine, const char* channel, int64_t step) {
+  return guarded([&] {
+    engine->engine->edit_script([&](Script& script) { channel_of(script, channel).add_round_end(step); });
+    return HVDB_OK;
+  });
+}
+
 hvdb_status hvdb_recorded(hvdb_engine* engine, const char** text) {
   return guarded([&] {
     engine->recorded = engine->engine->recorded();
@@ -145,7 +184,7 @@ hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_c
     own.kind = spec->kind == HVDB_COLLECTIVE ? ChannelKind::collective : ChannelKind::training;
     own.description = text(spec->description);
     own.proposal = blob(spec->proposal, spec->proposal_size);
-    own.options = {spec->required, spec->grace_us, spec->max_misses, spec->max_lag};
+    own.options = {spec->required, spec->grace_us, spec->max_misses, spec->max_lag, spec->automatic != 0};
     own.arrive_first = spec->arrive_first != 0;
     own.wait_for_all = spec->wait_for_all != 0;
     own.average = spec->average != 0;
@@ -273,6 +312,7 @@ hvdb_update_kind hvdb_update_get_kind(const hvdb_update* update) {
 int64_t hvdb_update_step(const hvdb_update* update) { return update->update.step; }
 int hvdb_update_contributed(const hvdb_update* update) { return update->update.contributed ? 1 : 0; }
 double hvdb_update_samples(const hvdb_update* update) { return update->update.samples; }
+int hvdb_update_required(const hvdb_update* update) { return update->update.required; }
 int hvdb_update_scopes(const hvdb_update* update) { return static_cast<int>(update->update.contributors.size()); }
 
 const int32_t* hvdb_update_contributors(const hvdb_update* update, int scope, int* count) {
@@ -298,13 +338,12 @@ hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const v
 }
 
 hvdb_status hvdb_forecast(const double* us, uint64_t steps, int ranks, int required, double tail_us, double catch_up_us,
-                          int carry_over, double* update_us, double* contributors, double* contributed) {
+                          int carry_over, double* update_us, double* contributed) {
   return guarded([&] {
     if (ranks < 1) throw UsageError("forecast: given " + std::to_string(ranks) + " ranks, expected at least 1");
     const ComputingTimes times{ranks, std::span(us, steps * static_cast<std::size_t>(ranks))};
     const Forecast found = forecast(times, {required, tail_us, catch_up_us, carry_over != 0});
     *update_us = found.update_us;
-    *contributors = found.contributors;
     std::copy(found.contributed.begin(), found.contributed.end(), contributed);
     return HVDB_OK;
   });

@@ -63,6 +63,15 @@ hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_fi
 void hvdb_engine_destroy(hvdb_engine* engine);
 int hvdb_rank(const hvdb_engine* engine);
 int hvdb_size(const hvdb_engine* engine);
+/* Repeats a recorded run, on rank 0, before any rank opens a channel: its channels with their descriptions, and then of
+ * each, in the order of the recording, decisions, gradients that were dropped, and ends of rounds. Channels that are not
+ * named decide by themselves. */
+hvdb_status hvdb_replay_channel(hvdb_engine* engine, const char* channel, const char* description);
+hvdb_status hvdb_replay_decision(hvdb_engine* engine, const char* channel, int64_t step, int scope, int contributors,
+                                 const int32_t* ranks, const double* weights, const void* metadata,
+                                 size_t metadata_size);
+hvdb_status hvdb_replay_drop(hvdb_engine* engine, const char* channel, int64_t step, int scope, int rank);
+hvdb_status hvdb_replay_round_end(hvdb_engine* engine, const char* channel, int64_t step);
 /* What the coordinator has recorded lately, within a bound, as a trace file would have it; on other ranks than 0 "".
  * Valid until the next call with this engine. */
 hvdb_status hvdb_recorded(hvdb_engine* engine, const char** text);
@@ -90,6 +99,7 @@ typedef struct {
   int64_t grace_us; /* who comes within this time after the N-th still counts */
   int max_misses;   /* a rank left out so many times in a row is waited for; 0: off */
   int64_t max_lag;  /* updates that the journal holds for ranks that are behind */
+  int automatic;    /* N is chosen from step to step (gradient noise, computing times), never below `required` */
   int arrive_first; /* arrive with the first bucket of a scope that is ready; otherwise with the last */
   int wait_for_all; /* open only when all ranks have asked */
   int average;      /* results are means weighted by samples; otherwise sums. Integers: sums */
@@ -134,6 +144,7 @@ hvdb_update_kind hvdb_update_get_kind(const hvdb_update* update);
 int64_t hvdb_update_step(const hvdb_update* update);
 int hvdb_update_contributed(const hvdb_update* update);
 double hvdb_update_samples(const hvdb_update* update);
+int hvdb_update_required(const hvdb_update* update); /* N, when it was decided */
 int hvdb_update_scopes(const hvdb_update* update);
 /* The contributors of a scope, ascending; valid as long as the update. */
 const int32_t* hvdb_update_contributors(const hvdb_update* update, int scope, int* count);
@@ -147,7 +158,7 @@ hvdb_status hvdb_weighted_sum(int dtype, void* destination, int sources, const v
 /* How long an update would take with `required` contributors, given how long each rank computes each step (us: ranks
  * side by side, step after step). contributed: by rank, the share of updates that it is part of. */
 hvdb_status hvdb_forecast(const double* us, uint64_t steps, int ranks, int required, double tail_us, double catch_up_us,
-                          int carry_over, double* update_us, double* contributors, double* contributed);
+                          int carry_over, double* update_us, double* contributed);
 const char* hvdb_kernel_instruction_set(void);
 const char* hvdb_mpi_library_version(void);
 const char* hvdb_mpi_built_with(void);

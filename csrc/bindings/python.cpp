@@ -117,7 +117,7 @@ struct PyUpdate {
 std::unique_ptr<PyChannel> open_channel(const std::shared_ptr<PyEngine>& self, const std::string& name,
                                         const std::string& kind, const std::string& description, nb::bytes proposal,
                                         int required, int64_t grace_us, int max_misses, int64_t max_lag,
-                                        const std::string& arrive, bool wait_for_all, bool average) {
+                                        const std::string& arrive, bool wait_for_all, bool average, bool automatic) {
   if (kind != "training" && kind != "collective") {
     throw CoreUsageError("kind '" + kind + "' is not known: use 'training' or 'collective'");
   }
@@ -134,6 +134,7 @@ std::unique_ptr<PyChannel> open_channel(const std::shared_ptr<PyEngine>& self, c
   spec.grace_us = grace_us;
   spec.max_misses = max_misses;
   spec.max_lag = max_lag;
+  spec.automatic = automatic;
   spec.arrive_first = arrive == "first";
   spec.wait_for_all = wait_for_all;
   spec.average = average;
@@ -212,17 +213,23 @@ void weighted_sum(const std::string& dtype, std::uintptr_t destination, const st
                           pointers.data(), weights.data(), scale, count));
 }
 
+void replay_decision(PyEngine& self, const std::string& channel, int64_t step, int scope,
+                     const std::vector<int32_t>& ranks, const std::vector<double>& weights, const nb::bytes& metadata) {
+  if (ranks.size() != weights.size()) throw CoreUsageError("replay_decision(): give one weight for each rank");
+  check(hvdb_replay_decision(self.engine, channel.c_str(), step, scope, static_cast<int>(ranks.size()), ranks.data(),
+                             weights.data(), metadata.c_str(), metadata.size()));
+}
+
 nb::tuple forecast(std::uintptr_t computing_us, uint64_t steps, int ranks, int required, double tail_us,
                    double catch_up_us, bool carry_over) {
   double update_us = 0;
-  double contributors = 0;
   std::vector<double> contributed(static_cast<std::size_t>(std::max(ranks, 0)));
   {
     const nb::gil_scoped_release release;
     check(hvdb_forecast(pointer<const double>(computing_us), steps, ranks, required, tail_us, catch_up_us, carry_over,
-                        &update_us, &contributors, contributed.data()));
+                        &update_us, contributed.data()));
   }
-  return nb::make_tuple(update_us, contributors, contributed);
+  return nb::make_tuple(update_us, contributed);
 }
 
 std::shared_ptr<PyEngine> over_mpi(std::uintptr_t comm, const std::string& trace, const std::string& timeline) {
@@ -275,7 +282,28 @@ NB_MODULE(_core, m) {
       .def_prop_ro("size", [](const PyEngine& self) { return hvdb_size(self.engine); })
       .def("open", &open_channel, nb::arg("name"), nb::arg("kind"), nb::arg("description"), nb::arg("proposal"),
            nb::arg("required"), nb::arg("grace_us") = 0, nb::arg("max_misses") = 0, nb::arg("max_lag") = 64,
-           nb::arg("arrive") = "first", nb::arg("wait_for_all") = false, nb::arg("average") = true)
+           nb::arg("arrive") = "first", nb::arg("wait_for_all") = false, nb::arg("average") = true,
+           nb::arg("automatic") = false)
+      .def(
+          "replay_channel",
+          [](PyEngine& self, const std::string& channel, const std::string& description) {
+            check(hvdb_replay_channel(self.engine, channel.c_str(), description.c_str()));
+          },
+          nb::arg("channel"), nb::arg("description"))
+      .def("replay_decision", &replay_decision, nb::arg("channel"), nb::arg("step"), nb::arg("scope"), nb::arg("ranks"),
+           nb::arg("weights"), nb::arg("metadata"))
+      .def(
+          "replay_drop",
+          [](PyEngine& self, const std::string& channel, int64_t step, int scope, int rank) {
+            check(hvdb_replay_drop(self.engine, channel.c_str(), step, scope, rank));
+          },
+          nb::arg("channel"), nb::arg("step"), nb::arg("scope"), nb::arg("rank"))
+      .def(
+          "replay_round_end",
+          [](PyEngine& self, const std::string& channel, int64_t step) {
+            check(hvdb_replay_round_end(self.engine, channel.c_str(), step));
+          },
+          nb::arg("channel"), nb::arg("step"))
       .def("recorded",
            [](PyEngine& self) {
              const char* text = nullptr;
@@ -345,6 +373,7 @@ NB_MODULE(_core, m) {
       .def_prop_ro("contributors", &contributors)
       .def_prop_ro("contributed", [](const PyUpdate& self) { return hvdb_update_contributed(self.update) != 0; })
       .def_prop_ro("samples", [](const PyUpdate& self) { return hvdb_update_samples(self.update); })
+      .def_prop_ro("required", [](const PyUpdate& self) { return hvdb_update_required(self.update); })
       .def_prop_ro("metadata", &metadata);
 
   m.def("weighted_sum", &weighted_sum, nb::arg("dtype"), nb::arg("destination"), nb::arg("sources"), nb::arg("weights"),

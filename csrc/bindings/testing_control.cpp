@@ -57,7 +57,7 @@ template <>
 constexpr const char* field_names<Failed> = "Failed name reason";
 template <>
 constexpr const char* field_names<Decision> =
-    "Decision channel step scope attempt tag contributors weights samples metadata outlook";
+    "Decision channel step scope attempt tag contributors weights samples required metadata outlook";
 template <>
 constexpr const char* field_names<Late> = "Late channel step scope newest outlook";
 template <>
@@ -75,13 +75,13 @@ constexpr const char* field_names<Pull> = "Pull channel step bucket shard tag";
 template <>
 constexpr const char* field_names<Refused> = "Refused pull";
 template <>
-constexpr const char* field_names<ChannelOptions> = "ChannelOptions required grace_us max_misses max_lag";
+constexpr const char* field_names<ChannelOptions> = "ChannelOptions required grace_us max_misses max_lag automatic";
 template <>
 constexpr const char* field_names<Squares> = "Squares contributions mean";
 template <>
 constexpr const char* field_names<Outlook> = "Outlook round_end all_have";
 template <>
-constexpr const char* field_names<PastUpdate> = "PastUpdate step contributors samples metadata";
+constexpr const char* field_names<PastUpdate> = "PastUpdate step contributors samples required metadata";
 
 // Any bytes are a Python string, and the same string gives the same bytes again.
 nb::object text_of(const std::string& bytes) {
@@ -245,6 +245,7 @@ nb::dict describe_update(const Update& update) {
   out["contributors"] = update.contributors;
   out["contributed"] = update.contributed;
   out["samples"] = update.samples;
+  out["required"] = update.required;
   out["metadata"] = text_of(update.metadata);
   return out;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <sstream>
 
 namespace hvd_backup {
@@ -26,7 +27,7 @@ std::string first_difference(const std::string& given, const std::string& expect
 
 }  // namespace
 
-ChannelBook::ChannelBook(ChannelId id, const Open& first, int size, TagSource tags, Outbox& out)
+ChannelBook::ChannelBook(ChannelId id, const Open& first, int size, TagSource tags, Outbox& out, ChannelScript* script)
     : id_(id),
       name_(first.name),
       kind_(first.kind),
@@ -37,10 +38,12 @@ ChannelBook::ChannelBook(ChannelId id, const Open& first, int size, TagSource ta
       wait_for_all_(first.wait_for_all),
       tags_(std::move(tags)),
       out_(out),
+      script_(script),
       ranks_(static_cast<std::size_t>(size)),
       gone_(static_cast<std::size_t>(size), false),
       rounds_(size) {
   first_rank_ = -1;
+  if (options_.automatic && !script_) chooser_.emplace(size, options_.required);
 }
 
 void ChannelBook::open(int from, const Open& message, TimeUs now) {
@@ -49,6 +52,13 @@ void ChannelBook::open(int from, const Open& message, TimeUs now) {
   if (first_rank_ < 0) {
     first_rank_ = from;
     opened_at_ = now;
+    if (script_ && script_->description() != description_) {
+      fail("the trace that is replayed does not fit '" + name_ +
+               "': " + first_difference(description_, script_->description()) +
+               " by the trace. Replay with the program and the options that were recorded",
+           now);
+      return;
+    }
   }
   if (!failure_.empty()) {
     out_.replies.push_back({from, Failed{name_, failure_}});
@@ -63,7 +73,7 @@ void ChannelBook::open(int from, const Open& message, TimeUs now) {
   }
   if (!wait_for_all_) {
     if (from == first_rank_) record_opened(now);
-    out_.replies.push_back({from, Opened{name_, id_, proposal_, out_.measured}});
+    out_.replies.push_back({from, Opened{name_, id_, proposal_, out_.measured || options_.automatic}});
     return;
   }
   complete_opening(now);
@@ -86,7 +96,7 @@ void ChannelBook::complete_opening(TimeUs now) {
   record_opened(now);
   for (int r = 0; r < size_; ++r) {
     if (ranks_[static_cast<std::size_t>(r)].opened)
-      out_.replies.push_back({r, Opened{name_, id_, proposal_, out_.measured}});
+      out_.replies.push_back({r, Opened{name_, id_, proposal_, out_.measured || options_.automatic}});
   }
 }
 
@@ -98,6 +108,10 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   rank.away = false;
   rank.paused = false;
   rank.arrived = message.step;
+  if (const auto began = std::exchange(rank.began, std::nullopt); began && chooser_) {
+    chooser_->computed(from, message.step, now - *began);
+  }
+  const bool in_vain = script_ && !script_->takes(message.step, message.scope, from);
   const TimeUs started = std::exchange(rank.resumed_at, std::nullopt).value_or(last_opened_at_);
   rank.meets = false;  // it has seen the step, and gone on
   scopes_ = message.scopes;
@@ -107,6 +121,12 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   } else if (message.step < open_step_) {
     rank.on_time = message.step + 1 == open_step_ && is_on_time(now - started, last_took_us_);
     late(from, message, now, now, "decided without it");
+  } else if (script_ && message.step >= script_->end()) {
+    fail("the trace that is replayed ends before step " + std::to_string(message.step) + " of '" + name_ +
+             "', at which rank " + std::to_string(from) + " has arrived",
+         now);
+  } else if (in_vain) {
+    late(from, message, now, now, "as recorded");
   } else if (const auto end = rounds_.planned_end(gone_); end && message.step >= *end) {
     late(from, message, now, now, "its round is over");
   } else {
@@ -189,6 +209,7 @@ void ChannelBook::done(int from, const Done& message, TimeUs now) {
       found->second.decision->contributors;  // of an earlier decision, dismissed since, it may be
   if (!std::binary_search(contributors.begin(), contributors.end(), from)) return;
   if (found->second.done.emplace(from, now).second) found->second.squares += message.squares;
+  ranks_[static_cast<std::size_t>(from)].began = now;
   Step& reached = ranks_[static_cast<std::size_t>(from)].reached;
   reached = std::max(reached, message.step + 1);
   if (found->second.is_final()) settle(now);
@@ -369,19 +390,35 @@ bool ChannelBook::close_round_if_ended(TimeUs now) {
     all_away = ranks_[static_cast<std::size_t>(r)].away;
   }
   const auto planned = rounds_.planned_end(gone_);
-  const bool ended = (planned && open_step_ >= *planned) || (all_away && anybody);
+  bool ended = (planned && open_step_ >= *planned) || (all_away && anybody);
+  if (script_) {
+    if (const auto end = script_->round_end(rounds_.current())) {
+      ended = open_step_ >= *end;
+      if (rounds_.followed() && planned && *planned != *end) {
+        fail("the trace that is replayed does not fit '" + name_ + "': by it, the round from step " +
+                 std::to_string(rounds_.start()) + " on ends at step " + std::to_string(*end) +
+                 ", in this run at step " + std::to_string(*planned),
+             now);
+        return false;
+      }
+    }
+  }
   if (!ended) return false;
   dismiss_arrivals(now, "its round is over");
   Record over = record(Record::Event::round_over, now);
   over.step = open_step_;
   out_.records.push_back(over);
   rounds_.close(open_step_);
-  for (RankState& rank : ranks_) rank.away = false;
+  for (RankState& rank : ranks_) {
+    rank.away = false;
+    rank.began.reset();
+  }
   return true;
 }
 
 bool ChannelBook::decide_what_can(TimeUs now) {
   if (!anybody_waits() || held(now)) return false;
+  if (script_) return decide_as_scripted(now);
   bool decided_something = false;
   int decided = 0;
   for (int scope = 0; scope < scopes_; ++scope) {
@@ -393,7 +430,7 @@ bool ChannelBook::decide_what_can(TimeUs now) {
     std::vector<bool> arrived(static_cast<std::size_t>(size_), false);
     for (const Arrival& arrival : slot.arrivals) arrived[static_cast<std::size_t>(arrival.rank)] = true;
     CloseView view;
-    view.required = options_.required;
+    view.required = required();
     view.arrived = static_cast<int>(slot.arrivals.size());
     for (int r = 0; r < size_; ++r) {
       if (arrived[static_cast<std::size_t>(r)]) continue;
@@ -428,6 +465,50 @@ bool ChannelBook::decide_what_can(TimeUs now) {
   return decided_something;
 }
 
+// All whom the trace names have arrived: then as it says, whoever else is there.
+bool ChannelBook::decide_as_scripted(TimeUs now) {
+  bool decided_something = false;
+  int decided = 0;
+  for (int scope = 0; scope < scopes_; ++scope) {
+    Slot& slot = slots_[{open_step_, scope}];
+    if (slot.decision) {
+      ++decided;
+      continue;
+    }
+    const ScriptedDecision* scripted = script_->find(open_step_, scope);
+    if (!scripted) continue;  // an arrival will say so
+    const bool complete = slot.arrivals.size() == scripted->contributors.size();
+    for (const int r : scripted->contributors) {
+      if (complete || able(r)) continue;
+      if (std::any_of(slot.arrivals.begin(), slot.arrivals.end(), [r](const Arrival& a) { return a.rank == r; }))
+        continue;
+      fail("the trace that is replayed does not fit '" + name_ + "': by it, rank " + std::to_string(r) +
+               " contributes to step " + std::to_string(open_step_) + ", but it has left or its data has ended",
+           now);
+      return false;
+    }
+    if (!complete) continue;
+    decide(scope, slot, "as recorded", now);
+    ++decided;
+    decided_something = true;
+  }
+  if (decided == scopes_) advance_open_step(now);
+  return decided_something;
+}
+
+// Another N, if it pays, from the step on that has just opened.
+void ChannelBook::choose_required(TimeUs now) {
+  std::vector<TimeUs> busy_us;
+  for (const RankState& rank : ranks_) busy_us.push_back(rank.began ? now - *rank.began : 0);
+  const auto reason = chooser_->look(open_step_, busy_us);
+  if (!reason) return;
+  Record chosen = record(Record::Event::chosen, now);
+  chosen.step = open_step_;
+  chosen.required = chooser_->required();
+  chosen.reason = *reason;
+  out_.records.push_back(chosen);
+}
+
 void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeUs now) {
   std::sort(slot.arrivals.begin(), slot.arrivals.end(),
             [](const Arrival& a, const Arrival& b) { return a.rank < b.rank; });
@@ -436,6 +517,7 @@ void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeU
   decision.step = open_step_;
   decision.scope = scope;
   decision.tag = tags_(2 * buckets_);
+  decision.required = required();
   set_contributors(decision, slot.arrivals);
   Record decided = record(Record::Event::decision, now);
   decided.step = open_step_;
@@ -446,18 +528,19 @@ void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeU
     decided.arrivals.push_back(arrival.at);
   }
   decided.opened_at = opened_at_;
-  decided.required = options_.required;
+  decided.required = decision.required;
   decided.ranks = decision.contributors;
   decided.weights = decision.weights;
   decided.metadata = decision.metadata;
   out_.records.push_back(decided);
   if (strict()) out_.met.insert(out_.met.end(), decision.contributors.begin(), decision.contributors.end());
   slot.decision = decision;
+  slot.decided_at = now;
   send_decision(decision);
 }
 
 // arrivals: in the order of ranks.
-void ChannelBook::set_contributors(Decision& decision, const std::vector<Arrival>& arrivals) {
+void ChannelBook::set_contributors(Decision& decision, const std::vector<Arrival>& arrivals) const {
   decision.contributors.clear();
   decision.weights.clear();
   decision.samples = 0;
@@ -467,6 +550,11 @@ void ChannelBook::set_contributors(Decision& decision, const std::vector<Arrival
     decision.samples += arrival.message.samples;
   }
   decision.metadata = arrivals.empty() ? "" : arrivals.front().message.metadata;
+  const ScriptedDecision* scripted = script_ ? script_->find(decision.step, decision.scope) : nullptr;
+  if (!scripted || scripted->contributors != decision.contributors) return;
+  decision.weights = scripted->weights;
+  decision.samples = std::accumulate(decision.weights.begin(), decision.weights.end(), 0.0);
+  decision.metadata = scripted->metadata;
 }
 
 void ChannelBook::send_decision(const Decision& decision) {
@@ -500,6 +588,7 @@ void ChannelBook::advance_open_step(TimeUs now) {
   reentry_.step_decided(typical_us_);
   ++open_step_;
   opened_at_ = now;
+  if (chooser_) choose_required(now);
 }
 
 void ChannelBook::finish_steps(TimeUs now) {
@@ -517,6 +606,8 @@ void ChannelBook::finish_steps(TimeUs now) {
       if (scope == 0) {
         update.samples = decision.samples;
         update.metadata = decision.metadata;
+        update.required = decision.required;
+        if (chooser_) chooser_->finished(now - slot->second.decided_at);
       }
       finished.squares += slot->second.squares;
       for (const auto& [rank, at] : slot->second.done) done[rank] = std::max(done[rank], at);
@@ -526,6 +617,7 @@ void ChannelBook::finish_steps(TimeUs now) {
       finished.arrivals.push_back(at);
     }
     out_.records.push_back(finished);
+    if (chooser_) chooser_->measured(finished.squares, slots_[{final_, 0}].decision->weights);
     for (int scope = 0; scope < scopes_; ++scope) slots_.erase({final_, scope});
     history_.push_back(std::move(update));
     ++final_;
@@ -558,6 +650,10 @@ void ChannelBook::answer(int to, TimeUs now) {
     reply(Resume{});
     return;
   }
+  const auto begin = [&] {
+    rank.began = now;
+    reply(Resume{});
+  };
   Step limit = std::numeric_limits<Step>::max();
   if (kind_ == ChannelKind::collective) {
     limit = have + 1;
@@ -570,6 +666,14 @@ void ChannelBook::answer(int to, TimeUs now) {
     }
   } else if (rounds_.followed() && rounds_.align_every() > 0) {
     limit = (have / rounds_.align_every() + 1) * rounds_.align_every();
+  }
+  if (script_ && kind_ == ChannelKind::training) {
+    const Step next = script_->next_step_of(to, have).value_or(limit);
+    if (next == have && !rank.away) {
+      begin();
+      return;
+    }
+    limit = std::min(limit, next);
   }
   const Step upto = std::min({final_, limit, have + updates_per_page});
   if (have < upto) {
@@ -586,13 +690,14 @@ void ChannelBook::answer(int to, TimeUs now) {
     return;
   }
   if (have < open_step_ || rank.away || kind_ == ChannelKind::collective) return;  // until something is final, or over
+  if (script_ && have < script_->end()) return;  // by the trace, it does not compute this step
   int could = 0;
   for (int r = 0; r < size_; ++r) could += able(r) ? 1 : 0;
   ResumeView view;
   view.now = now;
   view.opened = opened_at_;
   view.typical_us = typical_us_;
-  view.needed = rank.turned_away || could <= options_.required || held(now).has_value() ||
+  view.needed = rank.turned_away || could <= required() || held(now).has_value() ||
                 (options_.max_misses > 0 && rank.misses >= options_.max_misses);
   const Verdict verdict = rank.misses == 0 ? Verdict{true, {}, "it was not late"} : resume_now(view);
   if (verdict.yes) {
@@ -605,7 +710,7 @@ void ChannelBook::answer(int to, TimeUs now) {
       out_.records.push_back(resumed);
     }
     rank.turned_away = false;
-    reply(Resume{});
+    begin();
   } else if (verdict.look_again) {
     look_again(*verdict.look_again);
   }

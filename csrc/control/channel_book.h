@@ -13,7 +13,9 @@
 #include "control/messages.h"
 #include "control/policy.h"
 #include "control/record.h"
+#include "control/required_chooser.h"
 #include "control/rounds.h"
+#include "control/script.h"
 
 namespace hvd_backup {
 
@@ -35,7 +37,8 @@ class ChannelBook {
   // tags: takes how many tags are wanted, returns the first of them.
   using TagSource = std::function<std::int32_t(std::int32_t)>;
 
-  ChannelBook(ChannelId id, const Open& first, int size, TagSource tags, Outbox& out);
+  // script: decisions to be made again; null: none. Must outlive the book.
+  ChannelBook(ChannelId id, const Open& first, int size, TagSource tags, Outbox& out, ChannelScript* script = nullptr);
 
   const std::string& name() const { return name_; }
   ChannelKind kind() const { return kind_; }
@@ -85,6 +88,7 @@ class ChannelBook {
     int round = 0;
     int misses = 0;                     // in a row
     std::optional<TimeUs> resumed_at;   // it was late, and told to start on the step for which it arrives next
+    std::optional<TimeUs> began;        // with what it computes now
     std::optional<TimeUs> handicap_us;  // it was told to start on the open step so long after the others
     bool on_time = true;                // as far as its own computing goes
     std::optional<Sync> waiting;        // a Sync that has no answer yet
@@ -99,10 +103,12 @@ class ChannelBook {
     std::optional<Decision> decision;
     std::map<int, TimeUs> done;  // rank, and since when
     Squares squares;
+    TimeUs decided_at = 0;
     bool is_final() const { return decision && done.size() >= decision->contributors.size(); }
   };
   using SlotKey = std::pair<Step, int>;
 
+  int required() const { return chooser_ ? chooser_->required() : options_.required; }
   bool able(int rank) const;
   Outlook outlook_for(int rank) const;
   Step all_have() const;
@@ -114,8 +120,10 @@ class ChannelBook {
   void settle(TimeUs now);
   bool decide_what_can(TimeUs now);
   bool close_round_if_ended(TimeUs now);
+  bool decide_as_scripted(TimeUs now);
+  void choose_required(TimeUs now);
   void decide(int scope, Slot& slot, const std::string& reason, TimeUs now);
-  static void set_contributors(Decision& decision, const std::vector<Arrival>& arrivals);
+  void set_contributors(Decision& decision, const std::vector<Arrival>& arrivals) const;
   void send_decision(const Decision& decision);
   void advance_open_step(TimeUs now);
   void finish_steps(TimeUs now);
@@ -137,6 +145,8 @@ class ChannelBook {
   bool wait_for_all_ = false;
   TagSource tags_;
   Outbox& out_;
+  ChannelScript* const script_;
+  std::optional<RequiredChooser> chooser_;
 
   std::vector<RankState> ranks_;
   std::vector<bool> gone_;

@@ -79,8 +79,10 @@ void Coordinator::release_met(TimeUs now) {
 void Coordinator::open(int from, const Open& message, TimeUs now) {
   const auto [entry, is_new] = ids_.try_emplace(message.name, static_cast<ChannelId>(books_.size()));
   if (is_new) {
+    const auto script = script_.find(message.name);
     books_.push_back(std::make_unique<ChannelBook>(
-        entry->second, message, size_, [this](std::int32_t count) { return take_tags(count); }, out_));
+        entry->second, message, size_, [this](std::int32_t count) { return take_tags(count); }, out_,
+        script == script_.end() ? nullptr : &script->second));
     ChannelBook& created = *books_.back();
     for (int r = 0; r < size_; ++r) {
       const auto index = static_cast<std::size_t>(r);

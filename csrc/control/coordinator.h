@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "control/channel_book.h"
+#include "control/script.h"
 
 namespace hvd_backup {
 
@@ -20,6 +21,9 @@ class Coordinator {
   Coordinator(int size, std::int32_t tag_limit, bool measured = false);
   Coordinator(const Coordinator&) = delete;
   Coordinator& operator=(const Coordinator&) = delete;
+
+  // The decisions to be made again. To be filled before ranks open the channels that it names.
+  Script& script() { return script_; }
 
   // A message to the coordinator; others are a RuntimeFailure.
   void receive(int from, const Message& message, TimeUs now);
@@ -49,6 +53,7 @@ class Coordinator {
   const int size_;
   const std::int32_t tag_limit_;
   std::int32_t next_tag_ = 0;
+  Script script_;
   std::vector<std::unique_ptr<ChannelBook>> books_;  // by ChannelId
   std::map<std::string, ChannelId> ids_;
   std::vector<bool> joined_, paused_, gone_;

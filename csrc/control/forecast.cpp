@@ -49,7 +49,6 @@ Forecast forecast(const ComputingTimes& times, const ForecastOptions& options) {
     for (std::size_t r = 0; r < n; ++r) {
       if (arrivals[r] <= decided) {
         found.contributed[r] += 1;
-        found.contributors += 1;
         free_at[r] = decided + options.tail_us;
       } else if (arrivals[r] - times.at(step, static_cast<int>(r)) < decided) {
         free_at[r] = arrivals[r] + options.catch_up_us;  // late: it ends what it has begun
@@ -60,7 +59,6 @@ Forecast forecast(const ComputingTimes& times, const ForecastOptions& options) {
     opened = decided + options.tail_us;
   }
   found.update_us = opened / static_cast<double>(steps);
-  found.contributors /= static_cast<double>(steps);
   for (double& share : found.contributed) share /= static_cast<double>(steps);
   return found;
 }

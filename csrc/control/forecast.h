@@ -37,7 +37,6 @@ struct ForecastOptions {
 
 struct Forecast {
   double update_us = 0;             // mean
-  double contributors = 0;          // mean; at least N
   std::vector<double> contributed;  // by rank: share of the updates that it is part of
 };
 

@@ -78,7 +78,7 @@ bool Member::next() {
   if (begun_) {
     check_complete();
     if (over_) {
-      ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}};
+      ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}, 0};
       return true;
     }
     bool late = false;
@@ -107,10 +107,11 @@ bool Member::decided() const {
 }
 
 Update Member::own_update() const {
-  Update update{Update::Kind::update, applied_, {}, true, 0, {}};
+  Update update{Update::Kind::update, applied_, {}, true, 0, {}, 0};
   for (const Scope& own : scopes_) update.contributors.push_back(own.decision.contributors);
   update.samples = scopes_.front().decision.samples;
   update.metadata = scopes_.front().decision.metadata;
+  update.required = scopes_.front().decision.required;
   return update;
 }
 
@@ -144,8 +145,8 @@ void Member::fetched(Step step) {
   fetching_.reset();
   PastUpdate past = std::move(pages_.front());
   pages_.pop_front();
-  ready_ = Update{Update::Kind::update,    past.step, std::move(past.contributors), false, past.samples,
-                  std::move(past.metadata)};
+  ready_ = Update{Update::Kind::update,     past.step,    std::move(past.contributors), false, past.samples,
+                  std::move(past.metadata), past.required};
 }
 
 Update Member::take() {
@@ -182,7 +183,7 @@ void Member::leave() {
   if (begun_) throw UsageError("a round can't be left between backward() and step()");
   if (over_) {  // it has ended already, and this rank has all of it
     over_ = false;
-    ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}};
+    ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}, 0};
     return;
   }
   leaving_ = true;
@@ -248,7 +249,7 @@ void Member::receive(const History& message) {
 void Member::receive(const Resume& message) {
   outlook_ = message.outlook;
   sync_sent_ = false;
-  ready_ = Update{Update::Kind::resume, applied_, {}, false, 0, {}};
+  ready_ = Update{Update::Kind::resume, applied_, {}, false, 0, {}, 0};
 }
 
 void Member::receive(const Over& message) {
@@ -257,7 +258,7 @@ void Member::receive(const Over& message) {
   over_ = !leaving_;
   leaving_ = false;
   ++round_;
-  ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}};
+  ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}, 0};
 }
 
 void Member::reduced(Step step, int scope_index, int attempt, const Squares& squares) {

@@ -25,6 +25,7 @@ struct Update {
   bool contributed = false;         // to every scope
   double samples = 0;
   std::string metadata;
+  int required = 0;  // N, when it was decided
 };
 
 // A missed update to fetch: the scopes to which this rank did not contribute.

@@ -30,9 +30,10 @@ struct ChannelOptions {
   std::int64_t grace_us = 0;    // after the N-th arrival
   std::int32_t max_misses = 0;  // 0: off
   std::int64_t max_lag = 64;    // updates that the journal holds
+  bool automatic = false;       // N is chosen from step to step, never below `required`
   template <class A>
   void fields(A& a) {
-    a(required), a(grace_us), a(max_misses), a(max_lag);
+    a(required), a(grace_us), a(max_misses), a(max_lag), a(automatic);
   }
 };
 
@@ -220,11 +221,13 @@ struct Decision {
   Ranks contributors;
   std::vector<double> weights;  // one for each contributor
   double samples = 0;           // their sum
+  std::int32_t required = 0;    // N
   std::string metadata;
   Outlook outlook;
   template <class A>
   void fields(A& a) {
-    a(channel), a(step), a(scope), a(attempt), a(tag), a(contributors), a(weights), a(samples), a(metadata), a(outlook);
+    a(channel), a(step), a(scope), a(attempt), a(tag), a(contributors), a(weights), a(samples), a(required);
+    a(metadata), a(outlook);
   }
 };
 
@@ -244,10 +247,11 @@ struct PastUpdate {
   Step step = 0;
   std::vector<Ranks> contributors;  // of each scope
   double samples = 0;
+  std::int32_t required = 0;
   std::string metadata;
   template <class A>
   void fields(A& a) {
-    a(step), a(contributors), a(samples), a(metadata);
+    a(step), a(contributors), a(samples), a(required), a(metadata);
   }
 };
 

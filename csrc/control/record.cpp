@@ -20,6 +20,8 @@ const char* name_of(Record::Event event) {
       return "resumed";
     case Record::Event::round_over:
       return "round_over";
+    case Record::Event::chosen:
+      return "chosen";
     case Record::Event::held:
       return "held";
     case Record::Event::gone:

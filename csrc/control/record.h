@@ -20,6 +20,7 @@ struct Record {
     caught_up,   // ranks = {rank} asked for `step` and what follows
     resumed,     // ranks = {rank} was late, has caught up, and begins to compute `step`
     round_over,  // step = the end
+    chosen,      // another N for the steps from `step` on, and why; logged
     held,        // a decision waits for a rank, and why; logged as a warning
     gone,        // ranks = {rank} has left for good
     failed,      // the channel, for good

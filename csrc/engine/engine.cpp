@@ -150,6 +150,13 @@ void Engine::measure(Channel& channel, int buckets) {
   channel.gradient_buckets = buckets;
 }
 
+void Engine::edit_script(const std::function<void(Script&)>& edit) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(nullptr);
+  if (!coordinator_) throw UsageError("a trace is replayed by rank 0, this is rank " + std::to_string(rank_));
+  edit(coordinator_->script());
+}
+
 std::string Engine::recorded() {
   const std::scoped_lock lock(mutex_);
   return coordinator_ ? recording_.text() : "";
@@ -633,6 +640,9 @@ void Engine::take_records() {
     if (failed && record.ranks != reported_gone_) {  // once, not for every channel
       report(rank_, "rank " + std::to_string(record.ranks.front()) + " has left: " + record.reason);
       reported_gone_ = record.ranks;
+    }
+    if (record.event == Record::Event::chosen) {
+      report(rank_, "'" + record.channel + "' from step " + std::to_string(record.step) + " on " + record.reason);
     }
     if (record.event == Record::Event::held) report(rank_, "warning: '" + record.channel + "': " + record.reason);
   }

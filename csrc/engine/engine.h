@@ -12,6 +12,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -89,6 +90,9 @@ class Engine {
   void pause();  // before a full collective
   void join();   // then joined() until it gives the last rank
   bool joined(TimeUs timeout_us, int* last_rank);
+
+  // Rank 0 only, before any rank opens a channel: the decisions to be made again.
+  void edit_script(const std::function<void(Script&)>& edit);
 
   // What was recorded lately (Recording::text); empty on other ranks than 0.
   std::string recorded();

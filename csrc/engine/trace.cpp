@@ -119,6 +119,7 @@ std::string to_json(const Record& record, TimeUs began_us, bool with_metadata) {
     append_list(out, "weights", record.weights);
     if (with_metadata) append_metadata(out, record.metadata);
   }
+  if (record.event == Record::Event::chosen) append_field(out, "required", record.required);
   if (is_final && record.squares.mean > 0) {
     append_field(out, "contribution_squares", record.squares.contributions);
     append_field(out, "mean_squares", record.squares.mean);
@@ -129,6 +130,7 @@ std::string to_json(const Record& record, TimeUs began_us, bool with_metadata) {
     append_field(out, "grace_us", record.options.grace_us);
     append_field(out, "max_misses", record.options.max_misses);
     append_field(out, "max_lag", record.options.max_lag);
+    out += record.options.automatic ? ", \"automatic\": true" : ", \"automatic\": false";
   }
   if (!record.reason.empty()) {
     out += record.event == Record::Event::opened ? ", \"description\": " : ", \"reason\": ";

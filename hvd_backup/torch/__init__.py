@@ -8,7 +8,7 @@ for x, y in hvd.follow(loader, optimizer):
 """
 
 from hvd_backup.applied import AppliedUpdate
-from hvd_backup.context import init, is_initialized, shutdown
+from hvd_backup.context import init, is_initialized, shutdown, straggler_report
 from hvd_backup.errors import ConfigError, HvdBackupError, NotInitializedError, UsageError
 from hvd_backup.first_n import ReduceOp
 from hvd_backup.follow import follow
@@ -89,6 +89,7 @@ __all__ = [
     "rank",
     "shutdown",
     "size",
+    "straggler_report",
     "synchronize",
 ]
 

@@ -35,7 +35,8 @@ def DistributedOptimizer(  # noqa: N802
     sparse_as_dense: bool = False,
     process_set: Any = None,
     *,
-    backup_workers: int | float | None = None,
+    backup_workers: int | float | str | None = None,
+    min_contributors: int | None = None,
     policy: str | None = None,
     grace: float | None = None,
     max_misses: int | None = None,
@@ -61,8 +62,10 @@ def DistributedOptimizer(  # noqa: N802
         gradient_predivide_factor: with Average: gradients are divided by it before the mean and multiplied afterwards.
         num_groups, groups, process_set: Horovod's; not supported yet.
         sparse_as_dense: makes sparse gradients dense; without it they are refused.
-        backup_workers: b: an update waits for n - b ranks. An int, or a fraction of the number of ranks n.
-        policy: "synchronous" (b = 0) or "backup" (b > 0).
+        backup_workers: b: an update waits for n - b ranks. An int, a fraction of the number of ranks n, or "auto": N
+            is chosen while the run goes on, from how fast the ranks are and how noisy the gradients.
+        min_contributors: with "auto": N is never below it; 0: half of the ranks, rounded up.
+        policy: "synchronous" (b = 0), "backup" (b > 0) or "auto".
         grace: seconds after the (n - b)-th arrival during which others still count.
         max_misses: a rank that was left out this many times in a row is waited for; 0: never.
         max_staleness: 0.
@@ -91,6 +94,7 @@ def DistributedOptimizer(  # noqa: N802
         place.config,
         place.size,
         backup_workers=backup_workers,
+        min_contributors=min_contributors,
         policy=policy,
         grace=grace,
         max_misses=max_misses,
