@@ -64,8 +64,8 @@ class Engine:
         """The gradient of `rank` for this step was not used."""
 
     def replay_round_end(self, channel: str, step: int) -> None: ...
-    def recorded(self) -> str:
-        """What the coordinator has recorded lately, as a trace file would have it; on other ranks than 0 empty."""
+    def recorded(self, last: int) -> str:
+        """What was recorded of each channel's newest `last` steps, as a trace has it; on other ranks than 0 empty."""
 
     def away(self) -> None:
         """This rank enters a full collective: until its next submission it does not count as able to contribute to

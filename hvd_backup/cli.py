@@ -14,6 +14,9 @@ from collections.abc import Sequence
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "report": "who is late, how often and by how much, from a recorded run: table, pictures, HTML page",
+    "plan": "which number of backup workers pays, from a recorded run",
+    "top": "a running job as it goes: ranks, lateness, b, updates per second",
     "check": "what is here (MPI, Horovod, frameworks, GPU), and whether the launched ranks can work together",
 }
 

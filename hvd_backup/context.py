@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Context", "Participant", "current", "init", "is_initialized", "shutdown", "straggler_report"]
 
-LEAST_SUMMARISED = 10  # updates; what is shorter was only tried out
+MOST_REPORTED = 1 << 62  # steps: all that there are
+MOST_SUMMARISED = 5000  # updates: a fraction of a second at the end of a run
+LEAST_SUMMARISED = 10  # what is shorter was only tried out
 
 _log = logging.getLogger("hvd_backup")
 
@@ -156,13 +158,13 @@ class Context:
 
     def straggler_report(self, channel: str | None = None, last: int | None = None) -> stragglers.StragglerReport:
         """See `hvd_backup.stragglers.report`; empty on other ranks than 0."""
-        text = self.engine.recorded()
+        text = self.engine.recorded(MOST_REPORTED if last is None else last)
         if not text:
             return stragglers.StragglerReport()
         return stragglers.report(trace.parse(text, "what this run has recorded"), channel, last)
 
     def _say_summary(self) -> None:
-        report = self.straggler_report()
+        report = self.straggler_report(last=MOST_SUMMARISED)
         if report.updates >= LEAST_SUMMARISED and self.config.log_level not in ("error", "fatal"):
             print(f"[hvd_backup] {report.summary()}", file=sys.stderr, flush=True)
 

@@ -98,7 +98,7 @@ class StragglerReport:
         dropped = sum(rank.dropped for rank in self.ranks)
         return "; ".join(
             [
-                f"{self.updates} updates, {_ms(self.step_s)} ms each (median), N = {self.required} of {self.size}",
+                f"{self.updates} updates{' (the newest)' if self.first_step > 0 else ''}, {_ms(self.step_s)} ms each (median), N = {self.required} of {self.size}",
                 *(late or ["nobody is slow"]),
                 *([f"and {more} more ranks"] if more else []),
                 f"{self.waited:.0%} of the time waiting for others",

@@ -21,7 +21,7 @@ def best_of(took: NDArray[np.float64]) -> int:
 
 @pytest.mark.parametrize(("shift", "best"), [(1, 31), (5, 12), (10, 7), (15, 5), (20, 4), (30, 2)])
 def test_shifted_exponential_arrivals(shift: int, best: int) -> None:
-    """Xu et al. 2020: arrivals are a constant plus an exponential time, here of mean 1; the gain is proportional to N."""
+    """Xu et al. 2020: arrivals are a constant plus an exponential time, here of mean 1; an update is worth N."""
     took = shift + np.random.default_rng(shift).exponential(size=(STEPS, RANKS))
     assert abs(best_of(took) - best) <= 1
 

@@ -140,9 +140,9 @@ hvdb_status hvdb_replay_round_end(hvdb_engine* engine, const char* channel, int6
   });
 }
 
-hvdb_status hvdb_recorded(hvdb_engine* engine, const char** text) {
+hvdb_status hvdb_recorded(hvdb_engine* engine, int64_t last, const char** text) {
   return guarded([&] {
-    engine->recorded = engine->engine->recorded();
+    engine->recorded = engine->engine->recorded(last);
     *text = engine->recorded.c_str();
     return HVDB_OK;
   });

@@ -72,9 +72,9 @@ hvdb_status hvdb_replay_decision(hvdb_engine* engine, const char* channel, int64
                                  size_t metadata_size);
 hvdb_status hvdb_replay_drop(hvdb_engine* engine, const char* channel, int64_t step, int scope, int rank);
 hvdb_status hvdb_replay_round_end(hvdb_engine* engine, const char* channel, int64_t step);
-/* What the coordinator has recorded lately, within a bound, as a trace file would have it; on other ranks than 0 "".
- * Valid until the next call with this engine. */
-hvdb_status hvdb_recorded(hvdb_engine* engine, const char** text);
+/* What the coordinator has recorded of each channel's newest `last` steps, within a bound, as a trace file would have
+ * it; on other ranks than 0 "". Valid until the next call with this engine. */
+hvdb_status hvdb_recorded(hvdb_engine* engine, int64_t last, const char** text);
 
 /* This rank enters a full collective: until its next submission, it is not counted on by collective channels that need
  * fewer than all ranks. */

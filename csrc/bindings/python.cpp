@@ -304,12 +304,14 @@ NB_MODULE(_core, m) {
             check(hvdb_replay_round_end(self.engine, channel.c_str(), step));
           },
           nb::arg("channel"), nb::arg("step"))
-      .def("recorded",
-           [](PyEngine& self) {
-             const char* text = nullptr;
-             check(hvdb_recorded(self.engine, &text));
-             return std::string(text);
-           })
+      .def(
+          "recorded",
+          [](PyEngine& self, int64_t last) {
+            const char* text = nullptr;
+            check(hvdb_recorded(self.engine, last, &text));
+            return std::string(text);
+          },
+          nb::arg("last"))
       .def("away", [](PyEngine& self) { check(hvdb_pause(self.engine)); })
       .def("join", &join)
       .def("shutdown", &shut_down, nb::arg("failure") = "");

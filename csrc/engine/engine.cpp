@@ -157,9 +157,9 @@ void Engine::edit_script(const std::function<void(Script&)>& edit) {
   edit(coordinator_->script());
 }
 
-std::string Engine::recorded() {
+std::string Engine::recorded(Step last) {
   const std::scoped_lock lock(mutex_);
-  return coordinator_ ? recording_.text() : "";
+  return coordinator_ ? recording_.text(last) : "";
 }
 
 void Engine::begin(Channel& channel, double samples, std::string metadata) {

@@ -94,8 +94,8 @@ class Engine {
   // Rank 0 only, before any rank opens a channel: the decisions to be made again.
   void edit_script(const std::function<void(Script&)>& edit);
 
-  // What was recorded lately (Recording::text); empty on other ranks than 0.
-  std::string recorded();
+  // What was recorded of the newest `last` steps (Recording::text); empty on other ranks than 0.
+  std::string recorded(Step last);
 
   // Says that this rank leaves for good; shut_down() is true once all have left and the thread has ended.
   void leave_for_good(const std::string& failure);

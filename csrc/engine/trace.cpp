@@ -182,10 +182,17 @@ void Recording::keep(const std::vector<Record>& records) {
   }
 }
 
-std::string Recording::text() const {
+std::string Recording::text(Step last) const {
+  std::map<std::string, Step> newest;
+  for (const Record& record : records_) {
+    if (record.event == Record::Event::decision) newest[record.channel] = record.step;
+  }
   std::string out = to_json(header_);
   for (const Record& record : opened_) out += to_json(record, header_.began_us, false);
-  for (const Record& record : records_) out += to_json(record, header_.began_us, false);
+  for (const Record& record : records_) {
+    const bool is_old = record.step < newest[record.channel] - last;  // one more, whose end is the next one's beginning
+    if (!is_old) out += to_json(record, header_.began_us, false);
+  }
   return out;
 }
 

@@ -49,8 +49,8 @@ class Recording {
 
   explicit Recording(const TraceHeader& header) : header_(header) {}
   void keep(const std::vector<Record>& records);
-  // As a trace file would have it; without what has been forgotten.
-  std::string text() const;
+  // As a trace file would have it, of each channel's newest `last` steps; without what has been forgotten.
+  std::string text(Step last) const;
 
  private:
   const TraceHeader header_;
