@@ -94,11 +94,13 @@ class StragglerReport:
             return "no updates yet" if self.size else "what is recorded is kept on rank 0: ask there"
         late = [f"rank {r.rank} is {r.verdict} (late at {r.late:.0%} of them)" for r in self.slow[:3]]
         more = len(self.slow) - len(late)
+        newest = " (the newest)" if self.first_step > 0 else ""
         starved = ", ".join(str(r.rank) for r in self.ranks if r.starved)
         dropped = sum(rank.dropped for rank in self.ranks)
         return "; ".join(
             [
-                f"{self.updates} updates{' (the newest)' if self.first_step > 0 else ''}, {_ms(self.step_s)} ms each (median), N = {self.required} of {self.size}",
+                f"{self.updates} updates{newest}, {_ms(self.step_s)} ms each (median), "
+                f"N = {self.required} of {self.size}",
                 *(late or ["nobody is slow"]),
                 *([f"and {more} more ranks"] if more else []),
                 f"{self.waited:.0%} of the time waiting for others",

@@ -1,5 +1,5 @@
-"""A recorded run with random delays, repeated without them, has the same weights, bit for bit; and traces that do not fit
-say where."""
+"""A recorded run with random delays, repeated without them, has the same weights, bit for bit. What does not fit says
+where."""
 
 import json
 from collections.abc import Callable

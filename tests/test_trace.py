@@ -1,5 +1,6 @@
 """Recordings: what a trace holds, that it is readable whatever becomes of the run, and what is made of it."""
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -194,8 +195,8 @@ def check_timeline(path: Path, backup_workers: int) -> None:
     }
     for rank in range(3):
         slices = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and e["tid"] == rank)
-        assert len(slices) > STEPS
-        for (_, end), (begin, _) in zip(slices, slices[1:], strict=False):
+        assert len(slices) > (STEPS if rank < 2 else 4)
+        for (_, end), (begin, _) in itertools.pairwise(slices):
             assert begin >= end, f"rank {rank}: a slice begins at {begin}, the one before ends at {end}"
 
 

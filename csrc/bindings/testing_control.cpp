@@ -327,6 +327,19 @@ void register_policies(nb::module_& module) {
       .def("wait_us", &ReentryBudget::wait_us, "handicap_us"_a, "typical_us"_a)
       .def("step_decided", &ReentryBudget::step_decided, "typical_us"_a)
       .def("spend", &ReentryBudget::spend, "waited_us"_a);
+  nb::class_<RequiredChooser>(module, "RequiredChooser")
+      .def(nb::init<int, int>(), "size"_a, "least"_a)
+      .def_prop_ro("required", &RequiredChooser::required)
+      .def_prop_ro("noise_scale", &RequiredChooser::noise_scale)
+      .def("computed", &RequiredChooser::computed, "rank"_a, "step"_a, "took_us"_a)
+      .def("finished", &RequiredChooser::finished, "tail_us"_a)
+      .def(
+          "measured",
+          [](RequiredChooser& self, double contributions, double mean, const std::vector<double>& weights) {
+            self.measured({contributions, mean}, weights);
+          },
+          "contribution_squares"_a, "mean_squares"_a, "weights"_a)
+      .def("look", &RequiredChooser::look, "step"_a, "busy_us"_a);
   module.def("is_on_time", &is_on_time, "took_us"_a, "decided_us"_a);
   nb::enum_<Expecting>(module, "Expecting")
       .value("nothing", Expecting::nothing)
