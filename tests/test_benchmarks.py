@@ -121,3 +121,26 @@ def test_extra_wait_is_beyond_the_usual_step() -> None:
     ends = [1.0, 2.0, 3.0, 4.0, 5.3, 6.3]
     records = [StepRecord(i, end - (1.3 if i == 4 else 1.0), 0.0, end, True, 0) for i, end in enumerate(ends)]
     assert extra_waits(records, stops=[(4.1, 4.2)]) == [pytest.approx(0.3)]
+
+
+def test_recording_perf(tmp_path: Path) -> None:
+    results, printed = quick_results("recording_perf", tmp_path)
+    assert results["step_p50_ms"] > 50 and results["trace_bytes_per_update"] > 100
+    assert "What recording costs" in printed
+
+
+def test_plan_perf(tmp_path: Path) -> None:
+    results, printed = quick_results("plan_perf", tmp_path)
+    assert [r["backup_workers"] for r in results] == [0, 1, 2]
+    assert all(0.5 < r["predicted_to_measured"] < 2 for r in results)
+    assert "predicted / measured" in printed
+
+
+def test_auto_perf(tmp_path: Path) -> None:
+    results, printed = quick_results("auto_perf", tmp_path)
+    assert [(r["case"], r["backup_workers"]) for r in results] == [
+        (case, b) for case in ("stationary", "changing") for b in (0, 1, 2, "auto")
+    ]
+    for r in results:
+        assert sum(r["updates_by_required"].values()) == 60
+    assert "auto / best fixed" in printed

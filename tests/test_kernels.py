@@ -185,3 +185,36 @@ def test_wrong_arguments_are_refused() -> None:
         core.weighted_sum("int32", at, [at, at], [1.0, 0.5], 1.0, 4)
     with pytest.raises(core.UsageError, match=r"scale is 0\.5"):
         core.weighted_sum("int64", at, [at], [1.0], 0.5, 2)
+
+
+@each_set
+@given(
+    dtype=st.sampled_from(FLOATS),
+    source_count=st.integers(1, 40),
+    count=st.integers(0, 5000),
+    scale=st.sampled_from([1.0, 0.25, 1 / 3]),
+    seed=st.integers(0, 100),
+)
+def test_squared_norms_come_from_the_same_pass(
+    isa: str, dtype: str, source_count: int, count: int, scale: float, seed: int
+) -> None:
+    """The sum is the same bit for bit, and the norms are those of what is in memory."""
+    generator = np.random.default_rng(seed)
+    sources = [from_numbers(dtype, generator.normal(size=count)) for _ in range(source_count)]
+    weights = [1.0] * source_count if seed % 2 else list(generator.uniform(0.5, 2, source_count))
+    plain = weighted_sum(dtype, sources, weights, scale, isa)
+    result = np.zeros(count, storage(dtype))
+    of_sources, of_result = core.measured_sum(
+        dtype, result.ctypes.data, [source.ctypes.data for source in sources], weights, scale, count, isa
+    )
+    np.testing.assert_array_equal(bits(result), bits(plain))
+    expected = sum(float(np.sum(widened(dtype, source).astype(np.float64) ** 2)) for source in sources)
+    assert of_sources == pytest.approx(expected, rel=1e-4)
+    stored = float(np.sum(widened(dtype, result).astype(np.float64) ** 2))
+    assert of_result == pytest.approx(stored, rel=3e-2 if dtype == "bfloat16" else 1e-2 if dtype == "float16" else 1e-4)
+
+
+def test_there_are_no_squared_norms_of_integers() -> None:
+    one = np.ones(4, np.int32)
+    with pytest.raises(RuntimeError, match="no squared norms of integers"):
+        core.measured_sum("int32", np.zeros(4, np.int32).ctypes.data, [one.ctypes.data], [1.0], 1.0, 4, "")
