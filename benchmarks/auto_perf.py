@@ -7,10 +7,10 @@ Two cases, each trained with every fixed b that leaves half of the ranks, and wi
     stationary   every rank is slowed by an exponential time at each step, one of them by much more at half of them
     changing     one rank is slow all through the first half; in the second half nobody is
 
-Gradients are a constant vector plus noise of a planted scale B (in batches of a rank), so an update with k contributors is
-worth 1 / (1 + B / k) (McCandlish et al. 2018, arXiv 1812.06162); "auto" has to find B by itself. Progress per second is
-the worth of all updates over the time of all updates, start included. Targets: at least 95 % of the best fixed b where
-delays are stationary, more than every fixed b where they change.
+Gradients are a constant vector plus noise of a planted scale B (in batches of a rank), so an update with k contributors
+is worth 1 / (1 + B / k) (McCandlish et al. 2018, arXiv 1812.06162); "auto" has to find B by itself. Progress per second
+is the worth of all updates over the time of all updates, start included. Targets: at least 95 % of the best fixed b
+where delays are stationary, more than every fixed b where they change.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/plan_perf.py [--ranks 4] [--updates 300]
 
-For each kind of delays: a training with b = 0 writes a trace, from which the plan predicts the time per update for b = 1
-and 2; then the same training runs with that b. The prediction divided by what was measured (the mean over the updates
-from the coordinator's decisions, in that run's own trace) should be within 10 % of 1. Delays are those of
+For each kind of delays: a training with b = 0 writes a trace, from which the plan predicts the time per update for
+b = 1 and 2; then the same training runs with that b. The prediction divided by what was measured (the mean over the
+updates from the coordinator's decisions, in that run's own trace) should be within 10 % of 1. Delays are those of
 hvd_backup.faults: pure functions of rank and step, the same in every run.
 """
 

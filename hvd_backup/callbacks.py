@@ -29,7 +29,7 @@ class TensorBoard:
     """Writes scalars: hvd_backup/contributors, required, samples, seconds_per_update; by rank: late, contributed.
 
     Args:
-        log_dir: folder of the event files; or a SummaryWriter that is there already.
+        log_dir: folder of the event files; or a writer that is there already, TensorBoard's or torch's.
         every: updates between two straggler reports.
     """
 
@@ -124,10 +124,10 @@ def _report(last: int) -> StragglerReport:
 
 def _summary_writer(folder: str) -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.summary import Writer
     except ImportError:
-        raise UsageError("TensorBoard files need its library: pip install 'hvd_backup[torch,tensorboard]'") from None
-    return SummaryWriter(folder)
+        raise UsageError("TensorBoard files need its library: pip install 'hvd_backup[tensorboard]'") from None
+    return Writer(folder)
 
 
 def _positive(every: int) -> int:

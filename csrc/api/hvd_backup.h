@@ -64,8 +64,8 @@ void hvdb_engine_destroy(hvdb_engine* engine);
 int hvdb_rank(const hvdb_engine* engine);
 int hvdb_size(const hvdb_engine* engine);
 /* Repeats a recorded run, on rank 0, before any rank opens a channel: its channels with their descriptions, and then of
- * each, in the order of the recording, decisions, gradients that were dropped, and ends of rounds. Channels that are not
- * named decide by themselves. */
+ * each, in the order of the recording, decisions, gradients that were dropped, and ends of rounds. Channels that are
+ * not named decide by themselves. */
 hvdb_status hvdb_replay_channel(hvdb_engine* engine, const char* channel, const char* description);
 hvdb_status hvdb_replay_decision(hvdb_engine* engine, const char* channel, int64_t step, int scope, int contributors,
                                  const int32_t* ranks, const double* weights, const void* metadata,

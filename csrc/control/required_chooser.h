@@ -4,9 +4,9 @@
 //   worth   N / (N + B): the loss that an update saves with a batch of N ranks, relative to one without noise, where B
 //           is the gradient noise scale in batches of a rank (McCandlish et al. 2018, arXiv 1812.06162, section 2.2);
 //   time    what `forecast` says for N, from the computing times of the last steps.
-// B = S / |G|^2 comes from the squared norms that the reduction computes (appendix A.1 there): over k contributions with
-// w_i samples, W in all, E|g_i|^2 = |G|^2 + S / w_i and E|mean|^2 = |G|^2 + S / W. S and |G|^2 are averaged over many
-// steps before they are divided. As long as nothing was measured, B counts as infinite: an update is worth N.
+// B = S / |G|^2 comes from the squared norms that the reduction computes (appendix A.1 there): over k contributions
+// with w_i samples, W in all, E|g_i|^2 = |G|^2 + S / w_i and E|mean|^2 = |G|^2 + S / W. S and |G|^2 are averaged
+// over many steps before they are divided. As long as nothing was measured, B counts as infinite: an update is worth N.
 //
 // N changes only when another one promises clearly more, and not often, so it does not follow noise.
 #pragma once

@@ -1,6 +1,7 @@
 // The decisions of a recorded run, to be made once more: who contributes to what, with which weights and
-// hyperparameters, which ranks compute which steps in vain, and where rounds end. A ChannelBook that has a ChannelScript
-// decides by it, and not by who comes first: then a run with stragglers is repeated bit for bit, without them.
+// hyperparameters, which ranks compute which steps in vain, and where rounds end. A ChannelBook that has a
+// ChannelScript decides by it, and not by who comes first: then a run with stragglers is repeated bit for bit,
+// without them.
 #pragma once
 
 #include <cstddef>
