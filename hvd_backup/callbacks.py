@@ -9,6 +9,7 @@ straggler report (rank 0 has it) every `every` updates, so that it costs nothing
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import time
@@ -39,6 +40,7 @@ class TensorBoard:
         self._before: float | None = None
         if self._is_writing:
             self._writer: Any = log_dir if hasattr(log_dir, "add_scalar") else _summary_writer(os.fspath(log_dir))
+            atexit.register(self._writer.flush)
 
     def __call__(self, update: AppliedUpdate) -> None:
         """For on_update."""
