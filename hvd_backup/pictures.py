@@ -35,14 +35,15 @@ def arrivals_by_rank(times: Arrivals) -> bytes:
     axes.boxplot(columns, orientation="horizontal", whis=(1, 99), positions=range(times.size), **_BOXES)
     decided = float(np.median(times.decided[~times.first])) * 1e3 if np.any(~times.first) else 0.0
     axes.axvline(decided, color="black", linestyle="--", linewidth=1, label=f"median decision ({decided:.1f} ms)")
-    axes.set(title="When gradients arrive", xlabel="ms after the step could begin", ylabel="rank")
+    axes.set(xlabel="ms after the step could begin", ylabel="rank")
+    axes.set_title("When gradients arrive", loc="left")
     known = usable[~np.isnan(usable)]
     right = 1.2 * float(np.quantile(known, 0.99)) if len(known) else 1.0  # a single stall must not squeeze the rest
     axes.set_xlim(0, max(right, 1.1 * decided))
     beyond = int(np.sum(known > axes.get_xlim()[1]))
     _rank_ticks(axes, times.size, axis="y")
     axes.invert_yaxis()
-    axes.legend(loc="best")
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)  # above the boxes, which may be anywhere
     outside = f"; {beyond} of {len(known)} arrivals lie outside the picture" if beyond else ""
     _note(figure, f"box: middle half of the steps, with the median; whiskers: 1 % to 99 %; dots: beyond{outside}")
     return _png(figure)
