@@ -39,7 +39,8 @@ class TensorBoard:
         self._is_writing = context.current().rank == 0
         self._before: float | None = None
         if self._is_writing:
-            self._writer: Any = log_dir if hasattr(log_dir, "add_scalar") else _summary_writer(os.fspath(log_dir))
+            given: Any = log_dir
+            self._writer: Any = given if hasattr(given, "add_scalar") else _summary_writer(os.fspath(given))
             atexit.register(self._writer.flush)
 
     def __call__(self, update: AppliedUpdate) -> None:
