@@ -77,6 +77,11 @@ class Config:
     )
     trace: str = _option("", "file to which rank 0 writes every decision as JSON lines", values_of.path)
     delay: str = _option("", "artificial delays, such as `rank=3,ms=200,p=0.3` (hvd_backup.faults)", values_of.delay)
+    horovod: str = _option(
+        "auto",
+        "`auto`: Horovod's own collectives where Horovod is installed; `off`: never",
+        values_of.one_of("auto", "off"),
+    )
     log_level: str = _option(
         "warning", "one of " + ", ".join(f"`{level}`" for level in LOG_LEVELS), values_of.one_of(*LOG_LEVELS),
         horovod="HOROVOD_LOG_LEVEL",

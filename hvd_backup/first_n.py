@@ -73,7 +73,7 @@ class Signature:
 
     def description(self) -> str:
         """Lines that the engine compares between ranks."""
-        return f"dtype {self.dtype}\nshape {self.shape}\nn {self.required}\nop {self.op.name}"
+        return f"dtype {self.dtype}\nshape {self.shape}\nn {self.required}\nop {self.op.name.lower()}"
 
 
 class Handle:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import os
+import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +13,7 @@ from hvd_backup import _core
 from hvd_backup.config import announced_processes
 from hvd_backup.errors import UsageError
 
-__all__ = ["check", "usable_mpi"]
+__all__ = ["check", "mapped_mpi_libraries", "usable_mpi"]
 
 
 def usable_mpi() -> ModuleType:
@@ -74,6 +77,16 @@ def check_launcher(size: int, announced: tuple[str, int] | None) -> None:
             f"each would train alone. Start them with `mpirun -np {processes} python ...` (the mpirun of that MPI) or "
             f"with `horovodrun --mpi -np {processes} python ...`"
         )
+
+
+def mapped_mpi_libraries() -> list[str]:
+    """Files of the MPI libraries that are loaded in this process. One process can only live with one of them."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    files = {line.split(maxsplit=5)[-1] for line in lines}
+    return sorted({os.path.realpath(file) for file in files if re.search(r"/libmpi(ch)?\.so[.0-9]*$", file)})
 
 
 def _first_line(text: str) -> str:

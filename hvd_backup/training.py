@@ -68,7 +68,8 @@ class Training(UpdateStream):
     def aligned(self) -> bool:
         """Whether all ranks meet at this step (`follow(..., align_every=k)`)."""
         at = self.step
-        return self._following and self._align_every > 0 and at > self.round_start and at % self._align_every == 0
+        every = self._align_every
+        return self._following and every > 0 and at > self.round_start and (at - self._earlier_steps) % every == 0
 
     def begin_round(self, length: int, align_every: int) -> None:
         """Begins a followed round, and applies what this rank has missed.

