@@ -134,7 +134,7 @@ class _Position:
         calls = self._training.step_calls - self._calls
         if calls == 0:
             return
-        if calls > 1 and known_length:
+        if calls > self._batches and known_length:
             raise UsageError(
                 "step() of the followed optimizer was called more than once for a batch, so len(loader) is not the "
                 "number of updates: follow(iter(loader), optimizer), or put the optimizer with one step per batch first"

@@ -68,7 +68,7 @@ def test_what_the_constructor_refuses() -> None:
     ):
         with pytest.raises(hvd.UsageError, match=told):
             hvd.DistributedOptimizer(optimizer)
-    with pytest.raises(AttributeError, match="alltoall is Horovod's own.*HVD_BACKUP_HOROVOD=off"):
+    with pytest.raises(AttributeError, match=r"alltoall is Horovod's own.*HVD_BACKUP_HOROVOD=off"):
         hvd.alltoall(torch.ones(2))
     with pytest.raises(AttributeError, match="no attribute 'allreduced'"):
         hvd.allreduced(torch.ones(2))
