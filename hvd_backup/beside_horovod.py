@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 from hvd_backup import context, launch_check
@@ -27,7 +27,7 @@ class Horovod:
 
     def __init__(self, framework: str) -> None:
         self._name = f"horovod.{framework}"
-        self._module: ModuleType | None = None
+        self._module: SimpleNamespace | None = None
         self._why_not = ""
 
     def why_not(self) -> str:
@@ -43,7 +43,7 @@ class Horovod:
         return not self.why_not()
 
     def module(self) -> Any:
-        """Horovod's module, imported.
+        """What Horovod's module has.
 
         Raises:
             UsageError: it cannot be used; says why.
@@ -95,5 +95,5 @@ class Horovod:
                 f"it was built with another MPI than hvd_backup and mpi4py use; loaded are {', '.join(libraries)}: "
                 "rebuild Horovod with the mpicxx of this MPI first on PATH"
             )
-        self._module = module
+        self._module = SimpleNamespace(**vars(module))  # a script that runs unchanged sees our names in the module
         return ""

@@ -152,6 +152,7 @@ class GradientExchange:
 
     def _start(self) -> None:
         self.training.check_usable()
+        self.training.gradient_begins()
         if self.synchronized:
             if self.training.backup_workers > 0:
                 raise UsageError(
