@@ -16,7 +16,7 @@ from typing import Any
 from hvd_backup import option_values as values_of
 from hvd_backup.errors import ConfigError
 
-__all__ = ["Config", "announced_processes", "environment_name", "table"]
+__all__ = ["Config", "announced_processes", "environment_name", "gloo_rank", "table"]
 
 PREFIX = "HVD_BACKUP_"
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "fatal")
@@ -169,6 +169,13 @@ def announced_processes(environ: Mapping[str, str] | None = None) -> tuple[str, 
         if count.isdecimal() and int(count) > 1:
             return variable, int(count)
     return None
+
+
+def gloo_rank(environ: Mapping[str, str] | None = None) -> int | None:
+    """The rank that `horovodrun --gloo` has given to this process; None when something else has started it."""
+    environ = os.environ if environ is None else environ
+    rank = environ.get("HOROVOD_RANK", "")
+    return int(rank) if environ.get("HOROVOD_CONTROLLER") == "gloo" and rank.isdecimal() else None
 
 
 def _options() -> dict[str, _Option]:
