@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from hvd_backup import context, launch_check
-from hvd_backup.errors import UsageError
+from hvd_backup.config import Config
+from hvd_backup.errors import ConfigError, UsageError
 
 __all__ = ["Horovod"]
 
@@ -34,9 +35,7 @@ class Horovod:
         """Why Horovod cannot be used in this process; empty when it can. Imports it, and starts nothing."""
         if self._module is None and not self._why_not:
             self._why_not = self._load()
-        if not self._why_not and context.is_initialized() and context.current().config.horovod == "off":
-            return "HVD_BACKUP_HOROVOD=off"
-        return self._why_not
+        return "HVD_BACKUP_HOROVOD=off" if _switched_off() else self._why_not
 
     def usable(self) -> bool:
         """Whether Horovod can be used."""
@@ -79,6 +78,7 @@ class Horovod:
         return horovod
 
     def _load(self) -> str:
+        """Imports Horovod; returns why that does not do."""
         if importlib.util.find_spec("horovod") is None:
             return "Horovod is not installed"
         try:
@@ -97,3 +97,12 @@ class Horovod:
             )
         self._module = SimpleNamespace(**vars(module))  # a script that runs unchanged sees our names in the module
         return ""
+
+
+def _switched_off() -> bool:
+    if context.is_initialized():
+        return context.current().config.horovod == "off"
+    try:
+        return Config.from_environment().horovod == "off"
+    except ConfigError:
+        return False  # init() says so, on every rank
