@@ -121,3 +121,14 @@ def test_extra_wait_is_beyond_the_usual_step() -> None:
     ends = [1.0, 2.0, 3.0, 4.0, 5.3, 6.3]
     records = [StepRecord(i, end - (1.3 if i == 4 else 1.0), 0.0, end, True, 0) for i, end in enumerate(ends)]
     assert extra_waits(records, stops=[(4.1, 4.2)]) == [pytest.approx(0.3)]
+
+
+def test_horovod_perf(tmp_path: Path) -> None:
+    results, printed = quick_results("horovod_perf", tmp_path)
+    assert {(r["what"], r["contestant"]) for r in results} == {
+        *((f"allreduce {size}", contestant) for size in (1024, 4096) for contestant in ("hvd_backup", "Horovod")),
+        *(("step", contestant) for contestant in ("hvd_backup, b = 0", "hvd_backup, b = 1", "Horovod")),
+    }
+    for r in results:
+        assert (r["time_to_horovod"] == 1.0) == (r["contestant"] == "Horovod")
+    assert "time / Horovod" in printed
