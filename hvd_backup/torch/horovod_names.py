@@ -207,6 +207,7 @@ def _sync_batch_norm() -> type:
 
     class SyncBatchNorm(theirs):  # type: ignore[misc]  # Horovod has no annotations
         __doc__ = theirs.__doc__
+        __module__, __qualname__ = "hvd_backup.torch", "SyncBatchNorm"  # where pickle finds it
 
         def forward(self, input: Any) -> Any:
             if self.training:
