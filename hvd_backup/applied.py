@@ -43,13 +43,20 @@ class AppliedUpdate:
 
 
 def describe_update(
-    update: Update, gradient_scopes: int, caught_up: int, metrics: Mapping[str, float]
+    update: Update, earlier_steps: int, gradient_scopes: int, caught_up: int, metrics: Mapping[str, float]
 ) -> AppliedUpdate:
-    """The core's account of an update in the user's terms. gradient_scopes: how many scopes hold gradients."""
+    """The core's account of an update in the user's terms.
+
+    Args:
+        update: from the core, which counts the steps of a channel.
+        earlier_steps: those before this channel.
+        gradient_scopes: how many scopes hold gradients.
+        caught_up, metrics: see AppliedUpdate.
+    """
     by_scope = tuple(tuple(ranks) for ranks in update.contributors[:gradient_scopes])
     everywhere = set(by_scope[0]).intersection(*by_scope[1:]) if by_scope else set()
     return AppliedUpdate(
-        step=update.step,
+        step=earlier_steps + update.step,
         contributors=tuple(sorted(everywhere)),
         by_scope=by_scope,
         required=update.required,

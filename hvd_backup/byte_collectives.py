@@ -11,6 +11,8 @@ import pickle
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -40,7 +42,7 @@ def allgather(comm: MPI.Intracomm, mine: memoryview, everybody: memoryview, leng
 
 
 def broadcast_object(comm: MPI.Intracomm, value: Any, root: int) -> Any:
-    """`value` of rank `root`, on every rank; on `root` the very object. It must pickle."""
+    """`value` of rank `root`, on every rank; on `root` the very object. It must pickle; functions do, too."""
     is_root = comm.Get_rank() == root
     data = bytearray(_pickled(value)) if is_root else bytearray()
     length = comm.bcast(len(data), root)
@@ -61,7 +63,7 @@ def allgather_object(comm: MPI.Intracomm, value: Any) -> list[Any]:
 
 
 def _pickled(value: Any) -> bytes:
-    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    return bytes(cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
 
 
 def _byte() -> MPI.Datatype:

@@ -8,8 +8,8 @@ merges them with `Config.override`, so that a value is checked by the same rules
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from hvd_backup import option_values as values_of
 from hvd_backup.errors import ConfigError
 
-__all__ = ["Config", "announced_processes", "environment_name", "table"]
+__all__ = ["Config", "announced_processes", "environment_name", "gloo_rank", "table"]
 
 PREFIX = "HVD_BACKUP_"
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "fatal")
@@ -87,6 +87,11 @@ class Config:
         horovod="HOROVOD_TIMELINE",
     )  # fmt: skip
     delay: str = _option("", "artificial delays, such as `rank=3,ms=200,p=0.3` (hvd_backup.faults)", values_of.delay)
+    horovod: str = _option(
+        "auto",
+        "`auto`: Horovod's own collectives where Horovod is installed; `off`: never",
+        values_of.one_of("auto", "off"),
+    )
     log_level: str = _option(
         "warning", "one of " + ", ".join(f"`{level}`" for level in LOG_LEVELS), values_of.one_of(*LOG_LEVELS),
         horovod="HOROVOD_LOG_LEVEL",
@@ -138,11 +143,11 @@ class Config:
 
 
 def _beside_horovod(timeline: str) -> str:
-    """Our file, where HOROVOD_TIMELINE names one: another one when Horovod is here and writes its own."""
+    """Our file, where HOROVOD_TIMELINE names one: another one where Horovod is installed, and may write its own."""
     if timeline == "DYNAMIC":  # Horovod's word for: when the program calls start_timeline
         return ""
     root, extension = os.path.splitext(timeline)
-    return f"{root}.hvd_backup{extension}" if "horovod" in sys.modules else timeline
+    return f"{root}.hvd_backup{extension}" if importlib.util.find_spec("horovod") else timeline
 
 
 def environment_name(option: str) -> str:
@@ -184,6 +189,13 @@ def announced_processes(environ: Mapping[str, str] | None = None) -> tuple[str, 
         if count.isdecimal() and int(count) > 1:
             return variable, int(count)
     return None
+
+
+def gloo_rank(environ: Mapping[str, str] | None = None) -> int | None:
+    """The rank that `horovodrun --gloo` has given to this process; None when something else has started it."""
+    environ = os.environ if environ is None else environ
+    rank = environ.get("HOROVOD_RANK", "")
+    return int(rank) if environ.get("HOROVOD_CONTROLLER") == "gloo" and rank.isdecimal() else None
 
 
 def _options() -> dict[str, _Option]:

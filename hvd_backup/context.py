@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hvd_backup import _core, faults, launch_check, replay, stragglers, trace
@@ -57,16 +58,27 @@ class Context:
         rank, size: of this process, among all.
         local_rank, local_size: among the processes that share its memory (its node).
         cross_rank, cross_size: among the processes with the same local rank, one for each node.
+        is_homogeneous: whether all nodes have as many processes.
         comm: communicator of our own, for collectives that the training thread calls after `full_collective`.
         engine: the native engine.
         collectives: first_n_allreduce and allreduce, on addresses.
         config: the options, as the environment gave them.
+        requested_comm: what init() was given, for Horovod's init().
+        before_close: called before this rank leaves: what runs beside the engine is ended first.
     """
 
-    def __init__(self, comm: MPI.Intracomm, config: Config, recorded: trace.Recording | None = None) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        config: Config,
+        requested_comm: Any = None,
+        recorded: trace.Recording | None = None,
+    ) -> None:
         """recorded: on rank 0, the run whose decisions are to be made again."""
         from mpi4py import MPI
 
+        self.requested_comm = requested_comm
+        self.before_close: list[Callable[[], object]] = []
         self.comm = comm
         self.config = config
         self.rank = comm.Get_rank()
@@ -77,6 +89,7 @@ class Context:
         self.cross_rank, self.cross_size = cross.Get_rank(), cross.Get_size()
         cross.Free()
         local.Free()
+        self.is_homogeneous = len(set(comm.allgather(self.local_size))) == 1
         self.engine = _core.Engine.over_mpi(MPI._addressof(comm), config.trace, config.timeline)
         if recorded is not None:
             replay.instruct(self.engine, recorded)
@@ -99,6 +112,10 @@ class Context:
     def register(self, participant: Participant) -> None:
         """From now on `participant` is asked before all ranks meet. Only a weak reference is kept."""
         self._participants.add(participant)
+
+    def any_backup_workers(self) -> bool:
+        """Whether an optimizer of this program has backup workers."""
+        return any(participant.backup_workers > 0 for participant in list(self._participants))
 
     def before_full_collective(self, what: str) -> None:
         """Ends the rounds of all optimizers, because this rank enters `what`, in which all ranks must take part.
@@ -150,6 +167,9 @@ class Context:
             return
         if self.rank == 0:
             self._say_summary()
+        if not self._finalizing:  # within MPI_Finalize they are on their way out themselves
+            for end in self.before_close:
+                end()
         self.engine.shutdown(failure)
         self.comm.Free()
         if not self._finalizing:
@@ -178,11 +198,12 @@ _current: Context | None = None
 _why_not = "hvd_backup is not initialised: call hvd.init() first"
 
 
-def init(comm: MPI.Comm | None = None) -> None:
+def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
     """Starts the engine: collective over `comm`. A second call does nothing.
 
     Args:
-        comm: mpi4py communicator of the ranks that take part; None: MPI.COMM_WORLD. It is duplicated, never used.
+        comm: mpi4py communicator of the ranks that take part, or their numbers in MPI.COMM_WORLD; None:
+            MPI.COMM_WORLD. It is duplicated, never used.
 
     Raises:
         ConfigError: the environment of this rank or of another one has an option that cannot be used.
@@ -191,6 +212,7 @@ def init(comm: MPI.Comm | None = None) -> None:
     """
     global _current
     MPI = launch_check.usable_mpi()  # noqa: N806
+    comm = _communicator(MPI, comm)
     if comm is not None and (not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL):
         raise UsageError(
             f"init(comm={comm!r}): expected an mpi4py intracommunicator that contains this process, or None for "
@@ -215,7 +237,7 @@ def init(comm: MPI.Comm | None = None) -> None:
         own.Free()
         raise _worst(complaints, original.Get_rank())
     _set_up_log(config.log_level)
-    context = Context(own, config, recorded)
+    context = Context(own, config, comm, recorded)
     if config.delay and not faults.injected().delays:
         faults.inject(*faults.parse(config.delay))
         for delay in faults.injected().without_effect(context.size) if context.rank == 0 else ():
@@ -223,6 +245,22 @@ def init(comm: MPI.Comm | None = None) -> None:
     _current = context
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)
+
+
+def _communicator(MPI: Any, comm: Any) -> Any:  # noqa: N803
+    """A list of ranks as a communicator; anything else as it is."""
+    if not isinstance(comm, (list, tuple, range)):
+        return comm
+    ranks, world = list(comm), MPI.COMM_WORLD
+    if not ranks or ranks == list(range(world.Get_size())):
+        return None
+    valid = all(isinstance(rank, int) and 0 <= rank < world.Get_size() for rank in ranks)
+    if not valid or len(set(ranks)) < len(ranks) or world.Get_rank() not in ranks:
+        raise UsageError(
+            f"init(comm={ranks}) on rank {world.Get_rank()} of {world.Get_size()}: expected different ranks of "
+            "MPI.COMM_WORLD, this one among them; ranks that are not in the list must not call init() with it"
+        )
+    return world.Create_group(world.group.Incl(ranks))
 
 
 def shutdown() -> None:

@@ -4,7 +4,7 @@
   lost, MPI reported an error; the text names rank, step and peer.
   - UsageError: the caller did something wrong and is told what to do instead.
     - ConfigError (also ValueError): an option, environment variable or specification whose value cannot be used.
-    - NotInitializedError: called before init() or after shutdown().
+    - NotInitializedError (also ValueError, as in Horovod): called before init() or after shutdown().
 """
 
 from hvd_backup import _core
@@ -19,5 +19,5 @@ class ConfigError(UsageError, ValueError):
     """An option has a value that cannot be used; says what was given and what was expected."""
 
 
-class NotInitializedError(UsageError):
+class NotInitializedError(UsageError, ValueError):
     """A call that needs a running engine came before init() or after shutdown()."""

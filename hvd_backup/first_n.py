@@ -30,14 +30,15 @@ __all__ = ["DTYPE_BYTES", "Collectives", "Handle", "ReduceOp", "Signature", "con
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 
 
-class ReduceOp(enum.Enum):
-    """How contributions become a result. MIN, MAX and PRODUCT only for collectives of all ranks."""
+class ReduceOp(enum.IntEnum):
+    """How contributions become a result; the numbers are Horovod's. Only AVERAGE and SUM for the first n."""
 
-    AVERAGE = "average"
-    SUM = "sum"
-    MIN = "min"
-    MAX = "max"
-    PRODUCT = "product"
+    AVERAGE = 0
+    SUM = 1
+    ADASUM = 2  # Horovod's own optimizer and allreduce have it
+    MIN = 3
+    MAX = 4
+    PRODUCT = 5
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Signature:
             known = ", ".join(DTYPE_BYTES)
             raise UsageError(f"{self.operation}: dtype {self.dtype} is not supported, only {known}: convert the tensor")
         if self.op not in (ReduceOp.AVERAGE, ReduceOp.SUM):
-            raise UsageError(f"{self.operation}: op={self.op} is not supported, only ReduceOp.AVERAGE and ReduceOp.SUM")
+            raise UsageError(f"{self.operation}: op={self.op!r} is not supported, only Average and Sum")
 
     @property
     def elements(self) -> int:
@@ -72,7 +73,7 @@ class Signature:
 
     def description(self) -> str:
         """Lines that the engine compares between ranks."""
-        return f"dtype {self.dtype}\nshape {self.shape}\nn {self.required}\nop {self.op.value}"
+        return f"dtype {self.dtype}\nshape {self.shape}\nn {self.required}\nop {self.op.name.lower()}"
 
 
 class Handle:

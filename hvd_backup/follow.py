@@ -18,11 +18,11 @@ from typing import Any, Generic, Protocol, TypeVar
 from hvd_backup.errors import UsageError
 from hvd_backup.training import Training, end_rounds
 
-__all__ = ["Followed", "follow"]
+__all__ = ["END", "Batches", "Followed", "Round", "follow", "left_by_break", "length_of"]
 
 Batch = TypeVar("Batch")
 
-_END = object()
+END = object()
 
 
 class HasTraining(Protocol):
@@ -87,31 +87,68 @@ class Followed(Generic[Batch]):
         return len(self._loader)  # type: ignore[arg-type]  # a TypeError is the right answer when it has none
 
     def __iter__(self) -> Iterator[Batch]:
-        first = self._trainings[0]
-        length = _length(self._loader)
-        begun: list[Training] = []
+        batches = Batches(self._loader)
+        round = Round(self._trainings, length_of(self._loader), self._align_every)
         try:
-            for training in self._trainings:
-                if training is first:
-                    training.begin_round(length, self._align_every)
-                else:
-                    training.begin_round(-1, 0)
-                begun.append(training)
-            batches = _Batches(self._loader)
-            position = _Position(first)
-            while not first.round_over() and (batch := batches.at(position.batch)) is not _END:
+            while (batch := round.take(batches)) is not END:
                 yield batch
-                position.advance(known_length=length >= 0)
-            end_rounds(begun)
-            begun.clear()
+                round.advance()
+            round.finish()
         except GeneratorExit:
-            if _left_by_break(sys._getframe(1)):
-                end_rounds(begun)
-                begun.clear()
+            if left_by_break(sys._getframe(1)):
+                round.finish()
             raise
         finally:
-            for training in begun:
-                training.abandon_round()
+            round.abandon()
+
+
+class Round:
+    """A followed round, and the place in the data that belongs to it. Begins at once; finish() or abandon() ends it.
+
+    Args:
+        trainings: of the optimizers; the first gives the position.
+        length: number of steps, -1 when unknown.
+        align_every: as in `follow`.
+        first_batch: number of the batch that belongs to the round's first step.
+    """
+
+    def __init__(self, trainings: list[Training], length: int, align_every: int, first_batch: int = 0) -> None:
+        self._begun: list[Training] = []
+        self._first = trainings[0]
+        self._known_length = length >= 0
+        self._first_batch = first_batch
+        try:
+            for training in trainings:
+                if training is self._first:
+                    training.begin_round(length, align_every)
+                else:
+                    training.begin_round(-1, 0)
+                self._begun.append(training)
+        except BaseException:
+            self.abandon()
+            raise
+        self._position = _Position(self._first)
+
+    def take(self, batches: Batches[Any]) -> Any:
+        """The batch that this rank is to compute next; END when the round or the data is over."""
+        if self._first.round_over():
+            return END
+        return batches.at(self._first_batch + self._position.batch)
+
+    def advance(self) -> None:
+        """The loop's body has run for the batch that was taken."""
+        self._position.advance(self._known_length)
+
+    def finish(self) -> None:
+        """Waits until the round is over for all, and applies the updates of the others meanwhile."""
+        end_rounds(self._begun)
+        self._begun = []
+
+    def abandon(self) -> None:
+        """Never waits; does nothing after finish()."""
+        for training in self._begun:
+            training.abandon_round()
+        self._begun = []
 
 
 class _Position:
@@ -134,7 +171,7 @@ class _Position:
         calls = self._training.step_calls - self._calls
         if calls == 0:
             return
-        if calls > 1 and known_length:
+        if calls > self._batches and known_length:
             raise UsageError(
                 "step() of the followed optimizer was called more than once for a batch, so len(loader) is not the "
                 "number of updates: follow(iter(loader), optimizer), or put the optimizer with one step per batch first"
@@ -144,7 +181,7 @@ class _Position:
         self._window()
 
 
-class _Batches(Generic[Batch]):
+class Batches(Generic[Batch]):
     """The loader's batches, in order, with a way to pass over some of them."""
 
     def __init__(self, loader: Iterable[Batch]) -> None:
@@ -152,12 +189,12 @@ class _Batches(Generic[Batch]):
         self._next = 0
 
     def at(self, position: int) -> Any:
-        """The batch number `position`, which must not lie behind; _END when there is none."""
+        """The batch number `position`, which must not lie behind; END when there is none."""
         while self._next < position:
-            if self._skip() is _END:
-                return _END
+            if self._skip() is END:
+                return END
         self._next += 1
-        return next(self._iterator, _END)
+        return next(self._iterator, END)
 
     def _skip(self) -> object:
         """A DataLoader without workers on a map-style dataset gives up its indices without loading anything."""
@@ -165,10 +202,10 @@ class _Batches(Generic[Batch]):
         iterator: Any = self._iterator
         indices = getattr(iterator, "_sampler_iter", None)
         loads_itself = getattr(iterator, "_num_workers", None) == 0 and getattr(iterator, "_dataset_kind", None) == 0
-        return next(iterator if indices is None or not loads_itself else indices, _END)
+        return next(iterator if indices is None or not loads_itself else indices, END)
 
 
-def _left_by_break(frame: FrameType) -> bool:
+def left_by_break(frame: FrameType) -> bool:
     """Whether a generator is being closed because `frame` has left its loop by break or return, not by an exception.
 
     Then the frame is at the instruction that takes the iterator off its stack, which cannot raise; otherwise it is
@@ -177,7 +214,7 @@ def _left_by_break(frame: FrameType) -> bool:
     return dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("POP_TOP", "POP_ITER")
 
 
-def _length(loader: object) -> int:
+def length_of(loader: object) -> int:
     try:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import os
+import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from hvd_backup import _core
-from hvd_backup.config import announced_processes
+from hvd_backup.config import announced_processes, gloo_rank
 from hvd_backup.errors import UsageError
 
-__all__ = ["check", "usable_mpi"]
+__all__ = ["check", "mapped_mpi_libraries", "usable_mpi"]
 
 
 def usable_mpi() -> ModuleType:
@@ -43,7 +46,7 @@ def check(MPI: Any) -> None:  # noqa: N803
     """Raises UsageError unless MPI is multi-threaded, the library that the core uses, and aware of all processes."""
     check_thread_level(MPI.Query_thread(), MPI.THREAD_MULTIPLE)
     check_library(MPI.Get_library_version(), _core.mpi_library_version())
-    check_launcher(MPI.COMM_WORLD.Get_size(), announced_processes())
+    check_launcher(MPI.COMM_WORLD.Get_size(), announced_processes(), gloo_rank())
 
 
 def check_thread_level(provided: int, multiple: int) -> None:
@@ -65,15 +68,46 @@ def check_library(of_mpi4py: str, of_core: str) -> None:
         )
 
 
-def check_launcher(size: int, announced: tuple[str, int] | None) -> None:
-    """Several processes that each believe to be alone would train each on its own, unnoticed."""
+def check_launcher(size: int, announced: tuple[str, int] | None, of_gloo: int | None = None) -> None:
+    """Several processes that each believe to be alone would train each on its own, unnoticed.
+
+    Args:
+        size: of MPI's world.
+        announced: see `announced_processes`.
+        of_gloo: this process's rank when `horovodrun --gloo` has started it.
+    """
     if size == 1 and announced is not None:
         variable, processes = announced
+        if of_gloo is not None and of_gloo > 0:
+            raise UsageError("started by horovodrun --gloo, that is without MPI: rank 0 says what to do")
+        if of_gloo is not None:
+            binding = " --binding-args='--bind-to none --map-by :OVERSUBSCRIBE'" if _is_open_mpi_5() else ""
+            raise UsageError(
+                f"started by horovodrun --gloo, that is without MPI, which hvd_backup needs. Either of these works:\n"
+                f"    horovodrun --mpi{binding} -np {processes} python ...\n"
+                f"    mpirun -np {processes} python ..."
+            )
         raise UsageError(
             f"{processes} processes were started ({variable}={processes}), but not through the MPI that mpi4py uses: "
             f"each would train alone. Start them with `mpirun -np {processes} python ...` (the mpirun of that MPI) or "
             f"with `horovodrun --mpi -np {processes} python ...`"
         )
+
+
+def _is_open_mpi_5() -> bool:
+    """Its mpirun does not understand what horovodrun 0.28.1 passes by itself."""
+    found = re.search(r"Open MPI v(\d+)", _core.mpi_library_version())
+    return found is not None and int(found[1]) >= 5
+
+
+def mapped_mpi_libraries() -> list[str]:
+    """Files of the MPI libraries that are loaded in this process. One process can only live with one of them."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    files = {line.split(maxsplit=5)[-1] for line in lines}
+    return sorted({os.path.realpath(file) for file in files if re.search(r"/libmpi(ch)?\.so[.0-9]*$", file)})
 
 
 def _first_line(text: str) -> str:

@@ -40,6 +40,12 @@ class Metrics:
         self._contribution = array("d", bytes(16 * len(self._names)))
         self._result = array("d", bytes(16 * len(self._names)))
 
+    def thaw(self) -> None:
+        """The channel is closed: until the next one opens there may be more names."""
+        if self._names is not None:
+            self._values = {**dict.fromkeys(self._names, math.nan), **self._values}
+        self._names = None
+
     def give(self, scalars: dict[str, Any]) -> None:
         """Sets values for the next update. NaN, None: this rank has no number.
 

@@ -46,11 +46,14 @@ __all__ = [
     "cross_size",
     "first_n_allreduce",
     "first_n_allreduce_async",
+    "gloo_enabled",
     "init",
+    "is_homogeneous",
     "is_initialized",
     "join",
     "local_rank",
     "local_size",
+    "mpi_enabled",
     "mpi_threads_supported",
     "poll",
     "rank",
@@ -108,6 +111,23 @@ def mpi_threads_supported() -> bool:
     """Whether MPI supports several threads: always, once initialised."""
     context.current()
     return True
+
+
+def mpi_enabled() -> bool:
+    """Whether MPI carries the messages: always, once initialised."""
+    context.current()
+    return True
+
+
+def gloo_enabled() -> bool:
+    """Whether Gloo does: never."""
+    context.current()
+    return False
+
+
+def is_homogeneous() -> bool:
+    """Whether all nodes have as many processes."""
+    return context.current().is_homogeneous
 
 
 def first_n_allreduce(

@@ -10,18 +10,20 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hvd_backup.context import Context
 from hvd_backup.errors import HvdBackupError, UsageError
 from hvd_backup.policy import Policy
 from hvd_backup.updates import Framework, UpdateStream
 
-__all__ = ["Training", "end_rounds"]
+__all__ = ["Training", "end_rounds", "gradient_observers", "trainings_of"]
 
 POLL_S = 0.0005
 
 _warned_about_leftovers = False
+# Called when a step's first gradient is there: so an unchanged script's loader is found (torch/unchanged.py).
+gradient_observers: list[Callable[[Training], object]] = []
 
 
 class _Program:
@@ -42,12 +44,14 @@ class Training(UpdateStream):
     order.
 
     Attributes:
+        number: of the optimizer in its program.
         round_start: the step at which the last followed round began.
     """
 
     def __init__(self, place: Context, policy: Policy, framework: Framework) -> None:
         self._program = _programs.setdefault(place, _Program())
         super().__init__(f"optimizer.{self._program.made}", place, policy, framework)
+        self.number = self._program.made
         self._program.made += 1
         self._program.alive.add(self)
         self._following = False
@@ -59,6 +63,11 @@ class Training(UpdateStream):
         self._leftovers = 0  # gradients dropped since another rank has ended the round
         place.register(self)
 
+    def gradient_begins(self) -> None:
+        """The first gradient of a step is there. Before the channel is open, a round may still be begun now."""
+        for observe in gradient_observers:
+            observe(self)
+
     # --- rounds of follow() ---
 
     def in_followed_round(self) -> bool:
@@ -68,7 +77,8 @@ class Training(UpdateStream):
     def aligned(self) -> bool:
         """Whether all ranks meet at this step (`follow(..., align_every=k)`)."""
         at = self.step
-        return self._following and self._align_every > 0 and at > self.round_start and at % self._align_every == 0
+        every = self._align_every
+        return self._following and every > 0 and at > self.round_start and (at - self._earlier_steps) % every == 0
 
     def begin_round(self, length: int, align_every: int) -> None:
         """Begins a followed round, and applies what this rank has missed.
@@ -207,6 +217,12 @@ class Training(UpdateStream):
                 stacklevel=5,
             )
         self._leftovers = 0
+
+
+def trainings_of(training: Training) -> list[Training]:
+    """It, and the others of its program, in the order in which they were made."""
+    others = [other for other in training._program.alive if other is not training]
+    return [training, *sorted(others, key=lambda other: other.number)]
 
 
 def end_rounds(trainings: Sequence[Training]) -> None:

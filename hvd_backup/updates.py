@@ -80,6 +80,9 @@ class UpdateStream:
         self._buffers: object = None
         self._samples = 1.0
         self._global_step_base = 0
+        self._earlier_steps = 0  # of channels before this one, and their counters
+        self._earlier_counters = {"contributed": 0, "dropped": 0, "caught_up": 0}
+        self._reopened = 0
         self._gradient_buckets = 0
         self._gradient_scopes = 1
         self._contributing = False
@@ -106,7 +109,7 @@ class UpdateStream:
         self._metrics.freeze()
         metrics = "metrics " + (", ".join(self._metrics.names) or "none")
         self.channel = self._place.engine.open(
-            self._name,
+            self._name + (f"[{self._reopened}]" if self._reopened else ""),
             "training",
             "\n".join([*description, self.policy.description(), metrics]),
             proposal,
@@ -174,7 +177,7 @@ class UpdateStream:
     @property
     def step(self) -> int:
         """Updates taken in this run."""
-        return self.channel.step if self.channel is not None else 0
+        return self._earlier_steps + (self.channel.step if self.channel is not None else 0)
 
     @property
     def global_step(self) -> int:
@@ -187,9 +190,22 @@ class UpdateStream:
 
     def counters(self) -> dict[str, int]:
         """contributed, dropped (gradients of this rank), caught_up (updates)."""
+        now = self.channel.counters() if self.channel is not None else {}
+        return {name: count + now.get(name, 0) for name, count in self._earlier_counters.items()}
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is but one rank."""
+        return self._place.size == 1
+
+    def reopen(self) -> None:
+        """The layout changes: what comes next is a channel of its own. All ranks are here, after the same update."""
+        self._metrics.thaw()
         if self.channel is None:
-            return {"contributed": 0, "dropped": 0, "caught_up": 0}
-        return self.channel.counters()
+            return
+        self._earlier_steps, self._earlier_counters = self.step, self.counters()
+        self._reopened += 1
+        self.channel = None
 
     # --- a step ---
 
@@ -245,6 +261,12 @@ class UpdateStream:
         self.step_calls += 1
         self.last_update = dataclasses.replace(self.last_update, caught_up=self._caught_up, dropped=own is None)
 
+    def skip(self) -> None:
+        """Ends the step without applying what catch_up() has loaded."""
+        self._own = None
+        self.step_calls += 1
+        self.last_update = dataclasses.replace(self.last_update, caught_up=self._caught_up, dropped=True)
+
     def wait_outside_step(self, one: bool = False) -> str:
         """Applies what this rank has missed, all or just one update; returns the kind of the last one."""
         channel = self.opened
@@ -282,7 +304,7 @@ class UpdateStream:
 
     def _apply_loaded(self, update: Update) -> None:
         means = self._metrics.means(has_result=len(update.contributors[-1]) > 0)
-        applied = describe_update(update, self._gradient_scopes, self._caught_up, means)
+        applied = describe_update(update, self._earlier_steps, self._gradient_scopes, self._caught_up, means)
         self._torn = _torn(update)
         for function in self.before_update:
             function(applied)

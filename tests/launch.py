@@ -34,6 +34,8 @@ KILL_PATIENCE_S = 1.0  # for mpirun to end its ranks; after that each is killed
 AFTER_FAILURE_S = 15.0
 # A developer's own settings would change what the tests test.
 FOREIGN_PREFIXES = ("HVD_BACKUP_", "HOROVOD_")
+# Whether Horovod is installed or not: what is tested is ours, unless a test says otherwise.
+OUR_OWN = {"HVD_BACKUP_HOROVOD": "off"}
 
 
 class Job:
@@ -54,7 +56,7 @@ class Job:
         with open(self._folder / "launcher.log", "wb") as log:
             self._process = subprocess.Popen(
                 launch.find_launcher().command(size, [sys.executable, "-u", str(main), str(self._folder)]),
-                env={**inherited, **(env or {})},
+                env={**inherited, **OUR_OWN, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

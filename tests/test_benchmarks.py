@@ -144,3 +144,14 @@ def test_auto_perf(tmp_path: Path) -> None:
     for r in results:
         assert sum(r["updates_by_required"].values()) == 60
     assert "auto / best fixed" in printed
+
+
+def test_horovod_perf(tmp_path: Path) -> None:
+    results, printed = quick_results("horovod_perf", tmp_path)
+    assert {(r["what"], r["contestant"]) for r in results} == {
+        *((f"allreduce {size}", contestant) for size in (1024, 4096) for contestant in ("hvd_backup", "Horovod")),
+        *(("step", contestant) for contestant in ("hvd_backup, b = 0", "hvd_backup, b = 1", "Horovod")),
+    }
+    for r in results:
+        assert (r["time_to_horovod"] == 1.0) == (r["contestant"] == "Horovod")
+    assert "time / Horovod" in printed

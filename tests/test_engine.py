@@ -150,6 +150,8 @@ def test_i6_a_rank_that_fails_in_the_middle_of_its_contribution_is_replaced(deci
         handed_over.wait(30)
         if not decided and engine.rank == 0:
             wait_for_line(trace, lambda line: line["event"] == "gone")
+        if decided and engine.rank == 3:  # so that rank 1 is needed
+            wait_for_line(trace, lambda line: line["event"] == "decision" and line["step"] == 3)
         for _ in range(5):
             stream.step()
         stream.channel.leave()

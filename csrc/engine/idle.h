@@ -12,8 +12,9 @@
 namespace hvd_backup {
 
 // Until then a thread that has nothing to do yields instead of sleeping: a reply within a data exchange takes that
-// long.
-inline constexpr TimeUs spin_us = 50;
+// long when threads share cores. A small allreduce is a chain of a few messages; with a nap in each link it takes twice
+// as long. It costs no more than two short naps after each burst of work.
+inline constexpr TimeUs spin_us = 200;
 
 enum class Expecting {
   nothing,   // the training thread computes

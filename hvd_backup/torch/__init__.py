@@ -5,49 +5,64 @@ hvd.init()
 optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), backup_workers=1)
 for x, y in hvd.follow(loader, optimizer):
     ...
+
+Names that are not here are Horovod's own, or ours where there is no Horovod: horovod_names.py has the table.
 """
 
+from typing import TYPE_CHECKING
+
 from hvd_backup.applied import AppliedUpdate
-from hvd_backup.context import init, is_initialized, shutdown, straggler_report
+from hvd_backup.context import is_initialized, shutdown, straggler_report
 from hvd_backup.errors import ConfigError, HvdBackupError, NotInitializedError, UsageError
 from hvd_backup.first_n import ReduceOp
 from hvd_backup.follow import follow
 from hvd_backup.mpi import (
-    allgather_object,
-    barrier,
-    broadcast_object,
     cross_rank,
     cross_size,
-    join,
+    gloo_enabled,
+    is_homogeneous,
     local_rank,
     local_size,
+    mpi_enabled,
     mpi_threads_supported,
     rank,
     size,
 )
-from hvd_backup.torch.collectives import (
-    allgather,
-    allgather_async,
-    allreduce,
-    allreduce_,
-    allreduce_async,
-    allreduce_async_,
-    broadcast,
-    broadcast_,
-    broadcast_async,
-    broadcast_async_,
-    poll,
-    synchronize,
-)
+from hvd_backup.torch import horovod_names
 from hvd_backup.torch.compression import Compression
 from hvd_backup.torch.distributed import DistributedOptimizer
 from hvd_backup.torch.first_n import FirstN, first_n_allreduce, first_n_allreduce_async
-from hvd_backup.torch.functions import broadcast_optimizer_state, broadcast_parameters
+from hvd_backup.torch.functions import (
+    allgather_object,
+    broadcast_object,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+)
+from hvd_backup.torch.horovod_names import barrier, init, join, poll, synchronize
+
+if TYPE_CHECKING:
+    from hvd_backup.torch.collectives import (
+        allgather,
+        allgather_async,
+        allreduce,
+        allreduce_,
+        allreduce_async,
+        allreduce_async_,
+        broadcast,
+        broadcast_,
+        broadcast_async,
+        broadcast_async_,
+    )
 
 Average = ReduceOp.AVERAGE
 Sum = ReduceOp.SUM
+Adasum = ReduceOp.ADASUM
+Min = ReduceOp.MIN
+Max = ReduceOp.MAX
+Product = ReduceOp.PRODUCT
 
 __all__ = [
+    "Adasum",
     "AppliedUpdate",
     "Average",
     "Compression",
@@ -55,7 +70,10 @@ __all__ = [
     "DistributedOptimizer",
     "FirstN",
     "HvdBackupError",
+    "Max",
+    "Min",
     "NotInitializedError",
+    "Product",
     "ReduceOp",
     "Sum",
     "UsageError",
@@ -79,11 +97,14 @@ __all__ = [
     "first_n_allreduce",
     "first_n_allreduce_async",
     "follow",
+    "gloo_enabled",
     "init",
+    "is_homogeneous",
     "is_initialized",
     "join",
     "local_rank",
     "local_size",
+    "mpi_enabled",
     "mpi_threads_supported",
     "poll",
     "rank",
@@ -93,16 +114,13 @@ __all__ = [
     "synchronize",
 ]
 
-_ONLY_IN_HOROVOD = """
-    Adasum Max Min Product ProcessSet SyncBatchNorm add_process_set alltoall alltoall_async ccl_built cuda_built
-    ddl_built elastic global_process_set gloo_built gloo_enabled grouped_allgather grouped_allreduce
-    grouped_allreduce_ grouped_allreduce_async grouped_allreduce_async_ grouped_reducescatter is_homogeneous
-    mpi_built mpi_enabled nccl_built reducescatter reducescatter_async remove_process_set rocm_built
-    sparse_allreduce_async start_timeline stop_timeline
-"""
+if not TYPE_CHECKING:
 
+    def __getattr__(name):
+        value = horovod_names.resolve(name)
+        if name not in horovod_names.STARTED:
+            globals()[name] = value
+        return value
 
-def __getattr__(name: str) -> object:
-    if name in _ONLY_IN_HOROVOD.split():
-        raise AttributeError(f"hvd_backup.torch.{name} is not there yet: it needs Horovod (horovod.torch.{name})")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __dir__():
+        return sorted({*globals(), *(horovod_names.NAMES if horovod_names.HOROVOD.usable() else horovod_names.EITHER)})

@@ -10,27 +10,40 @@ It knows no engine and no steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "Bucket", "Buckets", "dense_strides", "plan"]
+from hvd_backup.errors import ConfigError
+from hvd_backup.torch.compression import NoneCompressor
+
+__all__ = ["DTYPES", "Bucket", "Buckets", "Wire", "dense_strides", "plan"]
 
 # Names as the engine has them.
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
 
-def plan(parameters: Sequence[torch.Tensor], order: Sequence[int], bucket_bytes: int) -> list[list[int]]:
+def plan(
+    parameters: Sequence[torch.Tensor],
+    order: Sequence[int],
+    bucket_bytes: int,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> list[list[int]]:
     """Which parameters go into which bucket.
 
     Args:
         parameters: in the order of the optimizer's groups.
         order: their indices, in the order in which gradients become ready.
         bucket_bytes: a bucket is closed before it exceeds this; a larger gradient has a bucket of its own.
+        groups: the buckets that the user wants, as indices; those in none have a bucket of their own. Of one dtype each
+            after all.
 
     Returns:
         Buckets of indices, of one dtype each, in the order in which they become complete.
     """
+    if groups is not None:
+        return _plan_groups(parameters, order, groups)
     closed: list[list[int]] = []
     growing: dict[torch.dtype, list[int]] = {}
     sizes: dict[torch.dtype, int] = {}
@@ -47,9 +60,57 @@ def plan(parameters: Sequence[torch.Tensor], order: Sequence[int], bucket_bytes:
     return closed
 
 
+def _plan_groups(
+    parameters: Sequence[torch.Tensor], order: Sequence[int], groups: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    of = {index: number for number, group in enumerate(groups) for index in group}
+    buckets: dict[tuple[int, torch.dtype], list[int]] = {}
+    for index in order:
+        buckets.setdefault((of.get(index, -1 - index), parameters[index].dtype), []).append(index)
+    return sorted(buckets.values(), key=lambda bucket: order.index(bucket[-1]))
+
+
 def dense_strides(parameter: torch.Tensor) -> tuple[int, ...]:
     """The strides that autograd gives to a gradient of `parameter`: its own, unless those leave gaps or overlap."""
     return torch.empty_like(parameter, device="meta").stride()
+
+
+class Wire:
+    """How the gradient of one parameter travels: compressed, and without its sparse layout.
+
+    Args:
+        parameter: whose gradient.
+        compression: Horovod's interface: compress(tensor) -> (tensor, context), decompress(tensor, context) -> tensor.
+        sparse_dim: of the gradient; 0: it is dense.
+
+    Attributes:
+        dtype: of what travels.
+    """
+
+    def __init__(self, parameter: torch.Tensor, compression: Any, sparse_dim: int) -> None:
+        probe, self._context = compression.compress(torch.zeros_like(parameter.detach()))
+        if not isinstance(probe, torch.Tensor) or probe.shape != parameter.shape or probe.dtype not in DTYPES:
+            raise ConfigError(
+                f"compression={getattr(compression, '__name__', compression)}: it must keep the shape of a gradient "
+                f"and give one of {', '.join(DTYPES.values())}"
+            )
+        self.dtype = probe.dtype
+        self._compression = compression
+        self._sparse_dim = sparse_dim
+        self._as_it_is = sparse_dim == 0 and compression.decompress(probe, self._context) is probe
+
+    def write(self, gradient: torch.Tensor, view: torch.Tensor) -> None:
+        """Puts a gradient into its place in a bucket."""
+        dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+        compressed, self._context = self._compression.compress(dense)
+        view.copy_(compressed)
+
+    def read(self, view: torch.Tensor) -> torch.Tensor:
+        """The gradient that lies in a bucket: the view itself, if it travels as it is."""
+        if self._as_it_is:
+            return view
+        gradient: torch.Tensor = self._compression.decompress(view, self._context)
+        return gradient.to_sparse(self._sparse_dim) if self._sparse_dim else gradient
 
 
 class Bucket:
@@ -58,15 +119,14 @@ class Bucket:
     Attributes:
         members: indices of its parameters, in the order in which their gradients lie in it.
         contribution, result: the buffers, one-dimensional.
-        contribution_views, result_views: a tensor for each member, of its parameter's shape, dtype and strides. They
+        contribution_views, result_views: a tensor for each member, of its parameter's shape and strides. They
             share memory with the buffer but count their in-place changes (`_version`) each for itself.
         residual: what of this rank's gradients has been dropped and is to be added to the next contribution, or None.
         unpacked: how many gradients of the next contribution are not there yet.
     """
 
-    def __init__(self, members: list[int], parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(self, members: list[int], parameters: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
         self.members = members
-        dtype = parameters[members[0]].dtype
         elements = sum(parameters[index].numel() for index in members)
         self.contribution = torch.zeros(elements, dtype=dtype)
         self.result = torch.zeros(elements, dtype=dtype)
@@ -106,12 +166,25 @@ class Buckets:
 
     Args:
         parameters: in the order of the optimizer's groups.
-        order, bucket_bytes: see `plan`.
+        order, bucket_bytes, groups: see `plan`.
+        compression: see `Wire`.
+        sparse: the sparse dimensions of those gradients that are sparse, by index.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], order: Sequence[int], bucket_bytes: int) -> None:
-        self.all = [Bucket(members, parameters) for members in plan(parameters, order, bucket_bytes)]
+    def __init__(
+        self,
+        parameters: Sequence[torch.Tensor],
+        order: Sequence[int],
+        bucket_bytes: int,
+        groups: Sequence[Sequence[int]] | None = None,
+        compression: Any = NoneCompressor,
+        sparse: Mapping[int, int] | None = None,
+    ) -> None:
+        self._wires = [Wire(p, compression, (sparse or {}).get(i, 0)) for i, p in enumerate(parameters)]
+        planned = plan(parameters, order, bucket_bytes, groups)
+        self.all = [Bucket(members, parameters, self._wires[members[0]].dtype) for members in planned]
         self._parameters = parameters
+        self._shown: list[torch.Tensor | None] = [None] * len(parameters)
         home = {i: (b, slot) for b, bucket in enumerate(self.all) for slot, i in enumerate(bucket.members)}
         self._home = [home[i] for i in range(len(parameters))]
 
@@ -140,7 +213,7 @@ class Buckets:
         if gradient is None:
             view.zero_()
         elif gradient is not view:
-            view.copy_(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
+            self._wires[index].write(gradient, view)
             if show:
                 parameter.grad = view
         bucket.unpacked -= 1
@@ -159,16 +232,16 @@ class Buckets:
             elif postscale != 1.0:
                 bucket.result.mul_(postscale)
             for index, view in zip(bucket.members, bucket.result_views, strict=True):
-                if self._parameters[index].grad is not view:
-                    self._parameters[index].grad = view
+                self._shown[index] = gradient = self._wires[index].read(view)
+                if self._parameters[index].grad is not gradient:
+                    self._parameters[index].grad = gradient
 
     def result_versions(self) -> list[int]:
         """Counts of in-place changes of what `show_results` shows; -1 where p.grad shows something else."""
-        versions = []
-        for (number, slot), parameter in zip(self._home, self._parameters, strict=True):
-            view = self.all[number].result_views[slot]
-            versions.append(view._version if parameter.grad is view else -1)
-        return versions
+        return [
+            shown._version if shown is not None and parameter.grad is shown else -1
+            for shown, parameter in zip(self._shown, self._parameters, strict=True)
+        ]
 
     def show_zeros(self) -> None:
         """Makes p.grad show zeros, in the buffers where the next contribution is made."""

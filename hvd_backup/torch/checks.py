@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -13,12 +15,22 @@ from hvd_backup.errors import ConfigError, UsageError
 from hvd_backup.first_n import ReduceOp
 from hvd_backup.torch.buckets import DTYPES
 from hvd_backup.torch.compression import NoneCompressor
+from hvd_backup.torch.horovod_names import is_global
 
-__all__ = ["check_optimizer", "check_supported", "name_parameters", "positive", "scales"]
+__all__ = [
+    "check_compression",
+    "check_optimizer",
+    "check_parameter",
+    "group_parameters",
+    "name_parameters",
+    "needs_horovod",
+    "positive",
+    "reduce_op",
+    "scales",
+]
 
 _REFUSED_OPTIMIZERS = {
     torch.optim.LBFGS: "it evaluates the loss several times in one step(), which each rank would have to do together",
-    torch.optim.SparseAdam: "it needs sparse gradients; use Adam with DistributedOptimizer(..., sparse_as_dense=True)",
 }
 
 
@@ -33,6 +45,14 @@ def positive(name: str, value: Any) -> int:
     return number
 
 
+def reduce_op(op: Any) -> ReduceOp:
+    """`op`, also as Horovod's number."""
+    try:
+        return ReduceOp(op)
+    except ValueError:
+        raise ConfigError(f"op={op!r}: expected hvd.Average, hvd.Sum, or another of Horovod's") from None
+
+
 def check_optimizer(optimizer: Any) -> None:
     """Raises UsageError unless it is an optimizer that can be wrapped."""
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -44,28 +64,68 @@ def check_optimizer(optimizer: Any) -> None:
             raise UsageError(f"DistributedOptimizer cannot wrap {kind.__name__}: {why}")
 
 
-def check_supported(compression: Any, num_groups: int, groups: Any, process_set: Any) -> None:
-    """Raises ConfigError for arguments of Horovod's that would otherwise be ignored."""
-    if compression is not NoneCompressor:
-        given = getattr(compression, "__name__", compression)
-        raise ConfigError(f"compression={given}: only Compression.none is there yet")
-    if num_groups or groups is not None:
+def needs_horovod(optimizer: torch.optim.Optimizer, op: ReduceOp, process_set: Any) -> str:
+    """What only Horovod's own DistributedOptimizer can do, in words; empty when ours can do it all."""
+    if op not in (ReduceOp.AVERAGE, ReduceOp.SUM):
+        return f"op={op.name.capitalize()}"
+    if not is_global(process_set):
+        return f"process_set={process_set}"
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.device.type != "cpu":
+                return f"a parameter on {parameter.device}"
+    return ""
+
+
+def check_compression(compression: Any, bucket_views: bool) -> None:
+    """Raises unless it has Horovod's interface."""
+    if not all(callable(getattr(compression, name, None)) for name in ("compress", "decompress")):
         raise ConfigError(
-            "num_groups and groups are not there yet: gradients are packed into buckets of HVD_BACKUP_BUCKET_BYTES in "
-            "the order in which they become ready; leave them out"
+            f"compression={compression!r}: expected Compression.none, Compression.fp16 or a class like them"
         )
-    if process_set is not None:
-        raise ConfigError("process_set is not there yet: give init() a communicator of the ranks that train together")
+    if bucket_views and compression is not NoneCompressor:
+        raise ConfigError("gradient_as_bucket_view with compression: p.grad cannot be what is sent; leave one out")
+
+
+def group_parameters(num_groups: int, groups: Any, named: list[tuple[str, torch.Tensor]]) -> list[list[int]] | None:
+    """Horovod's num_groups and groups as lists of indices into `named`; None: no groups.
+
+    Raises:
+        ValueError: as Horovod does.
+    """
+    if num_groups != 0:
+        warnings.warn(
+            "Parameter `num_groups` has been replaced by `groups` and will be removed in v0.23.0.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        if groups is None:
+            groups = num_groups
+    if groups is None:
+        return None
+    if not (isinstance(groups, list) or groups > 0):
+        raise ValueError("groups should be a non-negative integer or a list of list of torch.Tensor.")
+    if not isinstance(groups, list):
+        size, longer = divmod(len(named), groups)
+        starts = [number * size + min(number, longer) for number in range(groups + 1)]
+        return [list(range(start, end)) for start, end in pairwise(starts)]
+    index_of = {id(parameter): index for index, (_, parameter) in enumerate(named)}
+    seen: set[int] = set()
+    for parameter in chain.from_iterable(groups):
+        if not isinstance(parameter, torch.Tensor):
+            raise ValueError("groups must consist of torch.Tensor.")
+        if id(parameter) in seen:
+            raise ValueError("A parameter can only appear once in groups.")
+        seen.add(id(parameter))
+    return [[index_of[id(parameter)] for parameter in group if id(parameter) in index_of] for group in groups]
 
 
 def scales(op: Any, gradient_predivide_factor: float, size: int) -> tuple[float, float]:
     """The factors before and after the mean."""
-    if op not in (ReduceOp.AVERAGE, ReduceOp.SUM):
-        raise ConfigError(f"op={op!r}: expected hvd.Average or hvd.Sum; Adasum is not there yet")
     factor = float(gradient_predivide_factor)
     if not 0 < factor < float("inf"):
         raise ConfigError(f"gradient_predivide_factor={gradient_predivide_factor!r}: expected a finite number above 0")
-    if op is ReduceOp.SUM:
+    if op == ReduceOp.SUM:
         if factor != 1.0:
             raise ValueError("gradient_predivide_factor not supported with op != Average")
         return 1.0, float(size)
@@ -109,13 +169,12 @@ def name_parameters(
     if not sum(parameter.numel() for _, parameter in named):
         raise UsageError("DistributedOptimizer: no parameter of the optimizer requires a gradient")
     for name, parameter in named:
-        _check_parameter(name, parameter)
+        check_parameter(name, parameter)
     return named
 
 
-def _check_parameter(name: str, parameter: torch.Tensor) -> None:
-    if parameter.device.type != "cpu":
-        raise UsageError(f"parameter {name} is on {parameter.device}: only the CPU is supported yet: use model.cpu()")
+def check_parameter(name: str, parameter: torch.Tensor) -> None:
+    """Raises UsageError unless its gradients can be exchanged."""
     if parameter.dtype not in DTYPES:
         remedy = "; a complex parameter can be a real one: torch.view_as_real" if parameter.is_complex() else ""
         raise UsageError(

@@ -19,6 +19,7 @@ from hvd_backup.torch.first_n import start
 from hvd_backup.torch.memory import Done, bytes_of, contiguous, root_of, signature_of
 
 __all__ = [
+    "HANDLES",
     "allgather",
     "allgather_async",
     "allreduce",
@@ -32,6 +33,9 @@ __all__ = [
     "poll",
     "synchronize",
 ]
+
+
+HANDLES = (Handle, Done)
 
 
 def allreduce(

@@ -1,4 +1,4 @@
-"""Horovod's compression of tensors for the collectives. DistributedOptimizer takes only `Compression.none` yet."""
+"""Horovod's compression of tensors for the collectives. Any class with these two static methods can be given."""
 
 from __future__ import annotations
 

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from hvd_backup import context
+from hvd_backup.errors import ConfigError
 from hvd_backup.first_n import ReduceOp
 from hvd_backup.policy import Policy
 from hvd_backup.torch import checks
 from hvd_backup.torch.compression import Compression, NoneCompressor
 from hvd_backup.torch.exchange import ExchangeOptions, GradientExchange
+from hvd_backup.torch.horovod_names import HOROVOD
 from hvd_backup.torch.optimizer import DistributedStep
 
 __all__ = ["DistributedOptimizer"]
@@ -28,7 +30,7 @@ def DistributedOptimizer(  # noqa: N802
     named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
     compression: type[NoneCompressor] = Compression.none,
     backward_passes_per_step: int = 1,
-    op: ReduceOp = ReduceOp.AVERAGE,
+    op: int = ReduceOp.AVERAGE,
     gradient_predivide_factor: float = 1.0,
     num_groups: int = 0,
     groups: Any = None,
@@ -56,12 +58,16 @@ def DistributedOptimizer(  # noqa: N802
     Args:
         optimizer: any torch.optim.Optimizer that applies gradients when step() is called without a closure.
         named_parameters: `model.named_parameters()`; names make errors readable.
-        compression: Compression.none.
+        compression: Compression.none; Compression.fp16 sends float16; or a class like them that keeps shapes.
         backward_passes_per_step: how many backward passes accumulate into p.grad before it is handed over.
-        op: Average; or Sum: the mean times the number of ranks, so that who is late does not change the scale.
+        op: Average; or Sum: the mean times the number of ranks, so that who is late does not change the scale. The
+            others (Adasum, Min, Max, Product) need Horovod, and no backup workers.
         gradient_predivide_factor: with Average: gradients are divided by it before the mean and multiplied afterwards.
-        num_groups, groups, process_set: Horovod's; not supported yet.
-        sparse_as_dense: makes sparse gradients dense; without it they are refused.
+        groups: what is sent together, in place of buckets of HVD_BACKUP_BUCKET_BYTES: how many groups, or a list of
+            lists of parameters. num_groups: its older name.
+        sparse_as_dense: sparse gradients are always sent dense and are sparse again when they are applied, so this
+            changes nothing; with Horovod's own it does.
+        process_set: Horovod's; without backup workers. In place of it give init() a communicator.
         backup_workers: b: an update waits for n - b ranks. An int, a fraction of the number of ranks n, or "auto": N
             is chosen while the run goes on, from how fast the ranks are and how noisy the gradients.
         min_contributors: with "auto": N is never below it; 0: half of the ranks, rounded up.
@@ -78,6 +84,9 @@ def DistributedOptimizer(  # noqa: N802
 
     Options left at None come from the environment (HVD_BACKUP_*).
 
+    Without backup workers, what only Horovod can do (other ops, process sets, parameters on a GPU) is done by Horovod's
+    own DistributedOptimizer, if Horovod is installed; it knows nothing of what this one has beyond Horovod.
+
     Returns:
         An object of a class derived from the optimizer's own, with its state.
 
@@ -87,9 +96,9 @@ def DistributedOptimizer(  # noqa: N802
     """
     place = context.current()
     checks.check_optimizer(optimizer)
-    checks.check_supported(compression, num_groups, groups, process_set)
-    prescale, postscale = checks.scales(op, gradient_predivide_factor, place.size)
-    named = checks.name_parameters(optimizer, named_parameters)
+    reduction = checks.reduce_op(op)
+    if gradient_predivide_factor != 1.0 and reduction != ReduceOp.AVERAGE:
+        raise ValueError("gradient_predivide_factor not supported with op != Average")
     rules = Policy.resolve(
         place.config,
         place.size,
@@ -105,16 +114,41 @@ def DistributedOptimizer(  # noqa: N802
         scope=scope,
         arrive=arrive,
     )
+    if needed := checks.needs_horovod(optimizer, reduction, process_set):
+        if rules.backup_workers > 0:
+            raise ConfigError(
+                f"{needed} cannot be combined with backup_workers={rules.backup_workers}: with backup workers, "
+                "parameters are on the CPU, op is Average or Sum, and all ranks of init(comm) work together"
+            )
+        if not HOROVOD.usable():
+            raise ConfigError(f"{needed} needs Horovod's own DistributedOptimizer: {HOROVOD.why_not()}")
+        return HOROVOD.start().DistributedOptimizer(
+            optimizer,
+            named_parameters,
+            compression=compression,
+            backward_passes_per_step=backward_passes_per_step,
+            op=int(reduction),
+            gradient_predivide_factor=gradient_predivide_factor,
+            num_groups=num_groups,
+            groups=groups,
+            sparse_as_dense=sparse_as_dense,
+            **({} if process_set is None else {"process_set": process_set}),
+        )
+    checks.check_compression(compression, gradient_as_bucket_view)
     passes = checks.positive("backward_passes_per_step", backward_passes_per_step)
+    prescale, postscale = checks.scales(reduction, gradient_predivide_factor, place.size)
+    named = checks.name_parameters(optimizer, named_parameters)
     options = ExchangeOptions(
         bucket_bytes=place.config.bucket_bytes,
         prescale=prescale,
         postscale=postscale,
-        sparse_as_dense=sparse_as_dense,
+        compression=compression,
+        groups=checks.group_parameters(num_groups, groups, named),
         bucket_views=gradient_as_bucket_view,
         description=(
             f"optimizer {type(optimizer).__name__} with {len(optimizer.param_groups)} parameter groups",
-            f"op {op.value}",
+            f"op {reduction.name.lower()}",
+            f"compression {getattr(compression, '__name__', compression)}",
             f"gradient_predivide_factor {gradient_predivide_factor}",
             f"bucket_bytes {place.config.bucket_bytes}",
             f"backward_passes_per_step {passes}",

@@ -23,6 +23,7 @@ from hvd_backup.errors import UsageError
 from hvd_backup.policy import Policy
 from hvd_backup.torch import hyperparameters
 from hvd_backup.torch.buckets import Buckets, dense_strides
+from hvd_backup.torch.scaling import DrivenScaler
 from hvd_backup.training import Training
 
 __all__ = ["ExchangeOptions", "GradientExchange"]
@@ -35,14 +36,17 @@ class ExchangeOptions:
     Attributes:
         bucket_bytes: see `buckets.plan`.
         prescale, postscale: factors before and after the mean.
-        sparse_as_dense, bucket_views: as DistributedOptimizer's arguments.
+        compression: as DistributedOptimizer's argument. Sparse gradients are sent dense.
+        groups: which gradients go together, by index, or None: buckets of bucket_bytes.
+        bucket_views: DistributedOptimizer's gradient_as_bucket_view.
         description: lines that must be equal on all ranks.
     """
 
     bucket_bytes: int
     prescale: float
     postscale: float
-    sparse_as_dense: bool
+    compression: Any
+    groups: list[list[int]] | None
     bucket_views: bool
     description: tuple[str, ...]
 
@@ -88,6 +92,7 @@ class GradientExchange:
         self._first_order: list[int] = []
         self._sent: hyperparameters.Hyperparameters = []
         self._loaded = False
+        self._scaler: DrivenScaler | None = None
         self._versions_in_hand: list[int] | None = None
         self._start_afresh()
         for index in range(len(named)):
@@ -129,16 +134,12 @@ class GradientExchange:
         """Called by autograd when the gradient of a parameter has been accumulated in p.grad."""
         if not self._started:
             self._start()
+        if self._place.size == 1:  # nothing overlaps, so zero_grad() may forget it, as with Horovod
+            return
         if self._passes_left[index] <= 0:
             raise AssertionError(
                 "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
                 "backward_passes_per_step to accumulate gradients locally."
-            )
-        gradient = self._parameters[index].grad
-        if gradient is not None and gradient.is_sparse and not self._options.sparse_as_dense:
-            raise UsageError(
-                f"the gradient of {self._names[index]} is sparse: give DistributedOptimizer(..., "
-                "sparse_as_dense=True), or make the layer with sparse=False"
             )
         self._passes_left[index] -= 1
         if self._passes_left[index] > 0:
@@ -151,8 +152,15 @@ class GradientExchange:
 
     def _start(self) -> None:
         self.training.check_usable()
+        self.training.gradient_begins()
         if self.synchronized:
-            raise UsageError("backward() between synchronize() and step(): call step() in skip_synchronize() first")
+            if self.training.backup_workers > 0:
+                raise UsageError(
+                    "backward() between synchronize() and step(): call step() in skip_synchronize() first. With backup "
+                    "workers late ranks apply every update: for a GradScaler, which skips some, use "
+                    "optimizer.register_scaler(scaler)"
+                )
+            self._skip()
         self._started = True
         faults.injected().sleep(self._place.rank, self.training.global_step, self._place.size)
 
@@ -160,7 +168,10 @@ class GradientExchange:
         """Hands over what the hooks have not, waits, and leaves the averaged gradients in p.grad."""
         self.training.check_usable()
         if not self._started:
-            raise UsageError("step() without a gradient: call loss.backward() before every step()")
+            if self.training.backup_workers > 0:
+                raise UsageError("step() without a gradient: call loss.backward() before every step()")
+            self._start()
+        self._check_all_known()
         self._check_untouched()
         if self._buckets is None:
             self.open()
@@ -205,8 +216,21 @@ class GradientExchange:
                 raise UsageError(
                     f"the gradient of {self._names[index]} was changed after backward() had handed it over: clip "
                     "between synchronize() and step(), or with backup workers in optimizer.on_update(..., "
-                    "when='before'); register your own gradient hooks before making the DistributedOptimizer"
+                    "when='before'); hand a GradScaler over with optimizer.register_scaler(scaler); "
+                    "register your own gradient hooks before making the DistributedOptimizer"
                 )
+
+    def _check_all_known(self) -> None:
+        """A gradient that is not exchanged would make the weights of the ranks differ, silently."""
+        known = {id(parameter) for parameter in self._parameters}
+        for number, group in enumerate(self._optimizer.param_groups):
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) not in known:
+                    raise UsageError(
+                        f"a parameter of group {number}, of shape {tuple(parameter.shape)}, has a gradient but was "
+                        "frozen when the DistributedOptimizer was made, so nothing is exchanged for it: make the "
+                        "optimizer after unfreezing, or give the parameter to optimizer.add_param_group() only then"
+                    )
 
     def _check_hyperparameters(self) -> None:
         if self.training.backup_workers == 0:
@@ -225,9 +249,20 @@ class GradientExchange:
         """Agrees with all ranks on the buckets, by the order in which gradients have become ready, if they have."""
         seen = set(self._first_order)
         order = self._first_order + [i for i in reversed(range(len(self._parameters))) if i not in seen]
+        gradients = {index: parameter.grad for index, parameter in enumerate(self._parameters)}
+        sparse = {i: g.sparse_dim() for i, g in gradients.items() if g is not None and g.is_sparse}
+        proposal = json.dumps({"order": order, "sparse": list(sparse.items())}).encode()
         update_bytes = sum(p.numel() * p.element_size() for p in self._parameters)
-        agreed = self.training.open(self._description(), json.dumps(order).encode(), update_bytes)
-        buckets = Buckets(self._parameters, json.loads(agreed), self._options.bucket_bytes)
+        agreed = json.loads(self.training.open(self._description(), proposal, update_bytes))
+        options = self._options
+        buckets = Buckets(
+            self._parameters,
+            agreed["order"],
+            options.bucket_bytes,
+            options.groups,
+            options.compression,
+            dict(agreed["sparse"]),
+        )
         self.training.set_layout(buckets.layout(), buckets.result_addresses(), buckets)
         self._buckets = buckets
 
@@ -241,11 +276,16 @@ class GradientExchange:
         if metadata:
             hyperparameters.install(self._optimizer.param_groups, hyperparameters.decode(metadata))
         self._buckets.show_results(self._options.postscale, filled)
+        if self._scaler is not None:
+            self._scaler.unscale()
         self._loaded = True
 
     def apply(self) -> None:
         """See Framework."""
-        self._optimizer._apply_update()
+        if self._scaler is not None:
+            self._scaler.apply()
+        else:
+            self._optimizer._apply_update()
 
     def applied(self) -> None:
         """See Framework."""
@@ -283,11 +323,49 @@ class GradientExchange:
                 "rank, for every update"
             )
         self.training.complete()
+        self._end_step()
+
+    def _skip(self) -> None:
+        """The update is not applied, on any rank: a GradScaler has found Inf in the mean gradient, the same on all."""
+        self._versions_in_hand = None
+        self.training.skip()
+        self._end_step()
+
+    def _end_step(self) -> None:
+        assert self._buckets is not None
         self.synchronized = False
         if self._loaded:
             self._buckets.exchange_roles()
             self.training.set_results(self._buckets.result_addresses())
             self._loaded = False
+
+    def forget(self) -> None:
+        """zero_grad() after backward(), with one rank: nothing has gone out."""
+        if self._started and not self.synchronized:
+            self._start_afresh()
+
+    def extend(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """More parameters, from the next gradient on; all ranks are here, after the same update."""
+        first = len(self._parameters)
+        self._names += [name for name, _ in named]
+        self._parameters += [parameter for _, parameter in named]
+        for index in range(first, len(self._parameters)):
+            self._register_hook(index)
+        self._buckets = None
+        self._first_order = []
+        self.training.reopen()
+        self._start_afresh()
+
+    def drive(self, scaler: Any) -> None:
+        """See DistributedStep.register_scaler."""
+        if self.gradient_started():
+            raise UsageError("register_scaler() between backward() and step(): call it before backward()")
+        if self._scaler is not None:
+            raise UsageError("register_scaler(): this optimizer has a scaler already")
+        if self.training.policy.late == "carry":
+            raise UsageError('register_scaler() with late="carry": a carried gradient has the scale of its own step')
+        optimizer: Any = self._optimizer
+        self._scaler = DrivenScaler(scaler, optimizer._itself(), optimizer._apply_update)
 
     def zero_in_buckets(self) -> None:
         """zero_grad() with gradient_as_bucket_view: gradients become zeros in the buffers that go out next."""

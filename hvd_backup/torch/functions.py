@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from hvd_backup import byte_collectives, context
+from hvd_backup import byte_collectives, context, mpi
 from hvd_backup.errors import UsageError
 from hvd_backup.torch import hyperparameters
+from hvd_backup.torch.horovod_names import HOROVOD, is_global
 from hvd_backup.torch.memory import bytes_of, contiguous, root_of, signature_of
+from hvd_backup.torch.optimizer import DistributedStep
 
-__all__ = ["broadcast_optimizer_state", "broadcast_parameters"]
+__all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]
 
 
-def broadcast_parameters(
-    params: Mapping[str, Any] | Iterable[tuple[str, Any] | torch.Tensor], root_rank: int, process_set: Any = None
-) -> None:
+def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Any] | torch.Tensor], root_rank: int) -> None:
     """Gives all ranks the tensors of rank `root_rank`, in place.
 
     Args:
@@ -26,10 +26,11 @@ def broadcast_parameters(
         root_rank: whose tensors they are to be.
 
     Raises:
+        ValueError: no mapping and no sequence.
         UsageError: something that is no tensor; or, on every rank, names, shapes or dtypes that differ between ranks.
     """
-    if process_set is not None:
-        raise UsageError("process_set is not there yet: give init() a communicator of the ranks that work together")
+    if not isinstance(params, Iterable) or isinstance(params, (str, bytes)):
+        raise ValueError(f"invalid params of type: {type(params)}")
     pairs = list(params.items()) if isinstance(params, Mapping) else [_pair(entry) for entry in params]
     tensors = []
     for name, tensor in sorted(pairs, key=lambda pair: pair[0]) if isinstance(params, Mapping) else pairs:
@@ -49,10 +50,10 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     """Gives all ranks the optimizer state and the hyperparameters of rank `root_rank`, and the global step.
 
     Args:
-        optimizer: any optimizer but LBFGS, distributed or not. One that has not stepped yet has no state; then the
-            others lose theirs.
+        optimizer: any optimizer but LBFGS, distributed or not. When that of the root has not stepped yet, its state is
+            made on all ranks by a step with gradients of zero, as Horovod does (so Adam counts one step more).
         root_rank: whose state it is to be.
-        model: accepted as in Horovod, not needed.
+        model: tells which parameters have sparse gradients.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("cannot broadcast torch.optim.LBFGS state")
@@ -60,6 +61,13 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     root = root_of(root_rank, here.size)
     here.full_collective(f"broadcast_optimizer_state({type(optimizer).__name__}, root_rank={root})")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    fresh, values = byte_collectives.broadcast_object(
+        here.comm, (not optimizer.state, hyperparameters.snapshot(optimizer.param_groups)), root
+    )
+    hyperparameters.install(optimizer.param_groups, values)  # first: weight decay makes the step change weights
+    if fresh:
+        optimizer.state.clear()
+        _step_with_zeros(optimizer, parameters, model)
     outline = byte_collectives.broadcast_object(here.comm, _outline(optimizer, parameters), root)
     state, values, global_step = outline
     if len(state) != len(parameters):
@@ -72,6 +80,31 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     hyperparameters.install(optimizer.param_groups, values)
     if hasattr(optimizer, "training"):
         optimizer.training.global_step = global_step
+
+
+def _step_with_zeros(optimizer: Any, parameters: list[torch.Tensor], model: Any) -> None:
+    """Gives an optimizer its initial state."""
+    layers = model.modules() if model is not None else ()
+    embeddings = [layer for layer in layers if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag))]
+    sparse = {id(layer.weight) for layer in embeddings if layer.sparse}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+            if isinstance(optimizer, torch.optim.SparseAdam) or id(parameter) in sparse:
+                parameter.grad = parameter.grad.to_sparse()
+    (optimizer._apply_update if isinstance(optimizer, DistributedStep) else optimizer.step)()
+
+
+def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None, process_set: Any = None) -> Any:
+    """The object of rank `root_rank`, on every rank. It must pickle (cloudpickle: functions and lambdas, too)."""
+    if is_global(process_set):
+        return mpi.broadcast_object(obj, root_rank, name)
+    return HOROVOD.start().broadcast_object(obj, root_rank, name, process_set)
+
+
+def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
+    """The objects of all ranks, by rank. Each must pickle."""
+    return mpi.allgather_object(obj, name)
 
 
 class _Shape:

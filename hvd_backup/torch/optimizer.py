@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from hvd_backup import context
 from hvd_backup.applied import AppliedUpdate
 from hvd_backup.errors import UsageError
 from hvd_backup.torch import checks
@@ -98,7 +99,9 @@ class DistributedStep(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. With gradient_as_bucket_view gradients are always zeroed in place, never set to None."""
         exchange = self._exchange
-        if exchange.gradient_started() and not exchange.synchronized:
+        if self.training.alone:
+            exchange.forget()
+        elif exchange.gradient_started() and not exchange.synchronized:
             raise AssertionError(
                 "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or "
                 "optimizer.synchronize(). This is prohibited as it can cause a race condition."
@@ -116,8 +119,27 @@ class DistributedStep(torch.optim.Optimizer):
         self._exchange.set_passes(checks.positive("backward_passes_per_step", passes))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Not possible any more: the ranks share one layout. Add groups before making the DistributedOptimizer."""
-        raise UsageError("add_param_group() on a DistributedOptimizer: add groups before wrapping the optimizer")
+        """As torch's; on all ranks, between two steps: all ranks meet here. Not inside a loop over follow().
+
+        Raises:
+            UsageError: between backward() and step(), inside a followed loop, or a parameter that cannot be used.
+        """
+        exchange = self._exchange
+        if exchange.gradient_started():
+            raise UsageError("add_param_group() between backward() and step(): call it after step()")
+        if self.training.in_followed_round():
+            raise UsageError("add_param_group() inside a loop over follow(): call it before or after the loop")
+        parameters = param_group["params"]
+        given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        number = len(self.param_groups)
+        named = [(f"allreduce.noname.{number}.{i}", each) for i, each in enumerate(given) if each.requires_grad]
+        for name, parameter in named:
+            checks.check_parameter(name, parameter)
+        shapes = [tuple(parameter.shape) for parameter in given]
+        context.current().full_collective(f"add_param_group({shapes})")
+        super().add_param_group({**param_group, "params": given})
+        if named:
+            exchange.extend(named)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, and the global step under a key of its own, which plain optimizers ignore."""
@@ -201,6 +223,23 @@ class DistributedStep(torch.optim.Optimizer):
         Calls of scheduler.step() in your own loop then do nothing. For schedulers that count updates, not epochs.
         """
         self._exchange.schedulers.append(take_over(scheduler, self))
+
+    def register_scaler(self, scaler: Any) -> None:
+        """For mixed precision with torch.amp.GradScaler: an update that holds Inf is skipped on every rank.
+
+            optimizer.register_scaler(scaler)
+            ...
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)      # is optimizer.step() now
+            scaler.update()             # does nothing now: the scale follows the updates, on every rank
+
+        p.grad holds unscaled gradients wherever you see the mean: after synchronize(), and in on_update functions.
+        """
+        self._exchange.drive(scaler)
+
+    def _itself(self) -> DistributedStep:
+        """For those that hold a proxy."""
+        return self
 
     def _apply_update(self) -> None:
         self._opt_called = True  # what a scheduler looks at to find out whether step() was called

@@ -1,0 +1,222 @@
+"""Which names of horovod.torch are Horovod's own here, and which are ours: one table, resolved when a name is used.
+
+    OURS         always ours: what training with backup workers goes through
+    EITHER       Horovod's own where it can be used, and otherwise ours (torch/collectives.py)
+    COLLECTIVES  Horovod's own; like those of EITHER they first end the rounds of optimizers, as every full collective
+    STARTED      Horovod's own; using them starts Horovod
+    PLAIN        Horovod's own; they need no start
+
+A name that needs Horovod raises an error that says so where Horovod cannot be used. Names and signatures are those of
+Horovod 0.28.1, whose documentation they keep.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from hvd_backup import context
+from hvd_backup.beside_horovod import Horovod
+from hvd_backup.errors import UsageError
+from hvd_backup.torch import collectives
+
+__all__ = [
+    "HOROVOD",
+    "NAMES",
+    "barrier",
+    "init",
+    "is_global",
+    "join",
+    "poll",
+    "resolve",
+    "synchronize",
+    "use_after_init",
+]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+OURS = _words("""
+    Adasum Average Compression DistributedOptimizer Max Min Product Sum allgather_object barrier broadcast_object
+    broadcast_optimizer_state broadcast_parameters cross_rank cross_size gloo_enabled init is_homogeneous is_initialized
+    join local_rank local_size mpi_enabled mpi_threads_supported poll rank shutdown size synchronize
+""")
+EITHER = _words("""
+    allgather allgather_async allreduce allreduce_ allreduce_async allreduce_async_ broadcast broadcast_
+    broadcast_async broadcast_async_
+""")
+COLLECTIVES = _words("""
+    add_process_set alltoall alltoall_async grouped_allgather grouped_allgather_async grouped_allreduce
+    grouped_allreduce_ grouped_allreduce_async grouped_allreduce_async_ grouped_reducescatter
+    grouped_reducescatter_async reducescatter reducescatter_async remove_process_set sparse_allreduce_async
+""")
+STARTED = _words("SyncBatchNorm elastic global_process_set start_timeline stop_timeline")
+PLAIN = _words("""
+    HorovodInternalError ProcessSet ccl_built cuda_built ddl_built gloo_built mpi_built nccl_built rocm_built
+""")
+NAMES = OURS | EITHER | COLLECTIVES | STARTED | PLAIN
+
+HOROVOD = Horovod("torch")
+_wanted_before_init = False
+
+
+def init(comm: Any = None, process_sets: Any = None) -> None:
+    """Starts the engine: collective over `comm`. A second call does nothing.
+
+    Args:
+        comm: mpi4py communicator of the ranks that take part, or a list of ranks; None: MPI.COMM_WORLD.
+        process_sets: Horovod's: a list of ProcessSet, or "dynamic"; starts Horovod at once.
+
+    Raises:
+        ConfigError, UsageError: on every rank; see hvd_backup.context.init.
+    """
+    context.init(comm)
+    if process_sets or _wanted_before_init:
+        HOROVOD.start(process_sets)
+
+
+def resolve(name: str) -> Any:
+    """The object behind a name of EITHER, COLLECTIVES, STARTED or PLAIN.
+
+    Raises:
+        AttributeError: no such name; or it needs Horovod, which cannot be used: says why.
+    """
+    if name in EITHER:
+        return _either(name) if HOROVOD.usable() else getattr(collectives, name)
+    if name not in NAMES:
+        raise AttributeError(f"module 'hvd_backup.torch' has no attribute {name!r}")
+    if why_not := HOROVOD.why_not():
+        raise AttributeError(f"hvd_backup.torch.{name} is Horovod's own, and Horovod cannot be used here: {why_not}")
+    if name in COLLECTIVES:
+        return _guarded(name)
+    if name == "SyncBatchNorm":
+        return _sync_batch_norm()
+    if name in ("start_timeline", "stop_timeline"):
+        return _after_start(name)
+    if name in STARTED:
+        use_after_init()
+    return getattr(HOROVOD.module(), name)
+
+
+def use_after_init() -> None:
+    """Something is used that works by itself once Horovod runs: starts it now, or together with init()."""
+    global _wanted_before_init
+    if context.is_initialized():
+        HOROVOD.start()
+    else:
+        _wanted_before_init = True
+
+
+def barrier(process_set: Any = None) -> None:
+    """Returns when all ranks (of the process set) have called it."""
+    if is_global(process_set):
+        context.current().full_collective("barrier()")
+    else:
+        _enter("barrier").barrier(process_set)
+
+
+def join(device: int = -1) -> int:
+    """For uneven data: this rank's part is over; returns when all ranks have joined.
+
+    Until then allreduce of the others goes on; Horovod's counts a rank that has joined as zeros, an optimizer's
+    update is the mean over those that have not.
+
+    Args:
+        device: Horovod's; for tensors on a GPU.
+
+    Returns:
+        The rank that joined last.
+    """
+    if not HOROVOD.usable():
+        return context.current().join()
+    import threading
+
+    horovod = HOROVOD.start()
+    last: list[int] = []
+    theirs = threading.Thread(target=lambda: last.append(horovod.join(device)), daemon=True)
+    context.current().before_full_collective("join()")
+    theirs.start()  # Horovod's collectives of the others go on meanwhile, and so do our updates
+    context.current().join()
+    theirs.join()
+    return last[0]
+
+
+def synchronize(handle: Any) -> Any:
+    """Waits for a collective that was started, and gives its tensor (or `FirstN`)."""
+    if isinstance(handle, collectives.HANDLES) or not HOROVOD.usable():
+        return collectives.synchronize(handle)
+    return HOROVOD.module().synchronize(handle)
+
+
+def poll(handle: Any) -> bool:
+    """Whether `synchronize` would return at once."""
+    if isinstance(handle, collectives.HANDLES) or not HOROVOD.usable():
+        return collectives.poll(handle)
+    return bool(HOROVOD.module().poll(handle))
+
+
+def is_global(process_set: Any) -> bool:
+    """Whether a process set is that of all ranks: None, or Horovod's global one."""
+    return process_set is None or getattr(process_set, "process_set_id", None) == 0
+
+
+def _enter(name: str) -> Any:
+    """Before one of Horovod's collectives: the rounds of optimizers end. Returns Horovod, started."""
+    context.current().before_full_collective(f"{name}()")
+    return HOROVOD.start()
+
+
+def _guarded(name: str) -> Callable[..., Any]:
+    theirs = getattr(HOROVOD.module(), name)
+
+    @functools.wraps(theirs)
+    def collective(*args: Any, **kwargs: Any) -> Any:
+        _enter(name)
+        return theirs(*args, **kwargs)
+
+    return collective
+
+
+def _either(name: str) -> Callable[..., Any]:
+    guarded, own = _guarded(name), getattr(collectives, name)
+
+    @functools.wraps(guarded)
+    def collective(*args: Any, **kwargs: Any) -> Any:
+        return (guarded if HOROVOD.usable() else own)(*args, **kwargs)
+
+    return collective
+
+
+def _after_start(name: str) -> Callable[..., Any]:
+    theirs = getattr(HOROVOD.module(), name)
+
+    @functools.wraps(theirs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        HOROVOD.start()
+        return theirs(*args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def _sync_batch_norm() -> type:
+    theirs: Any = HOROVOD.module().SyncBatchNorm
+
+    class SyncBatchNorm(theirs):  # type: ignore[misc]  # Horovod has no annotations
+        __doc__ = theirs.__doc__
+        __module__, __qualname__ = "hvd_backup.torch", "SyncBatchNorm"  # where pickle finds it
+
+        def forward(self, input: Any) -> Any:
+            if self.training:
+                if context.current().any_backup_workers():
+                    raise UsageError(
+                        "SyncBatchNorm needs all ranks in every forward pass, so it cannot be combined with backup "
+                        "workers: use torch.nn.BatchNorm2d, or GroupNorm, which needs no other sample"
+                    )
+                HOROVOD.start()
+            return super().forward(input)
+
+    return SyncBatchNorm
