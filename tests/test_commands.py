@@ -69,6 +69,11 @@ def test_run_says_what_is_wrong(arguments: list[str], told: str) -> None:
     assert done.returncode == 2 and re.search(told, done.stderr), done.stderr
 
 
+needs_open_mpi = pytest.mark.skipif(
+    launch.find_launcher().dialect == "hydra", reason="horovodrun 0.28.1 does not know the mpirun of today's MPICH"
+)
+
+
 def horovodrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs horovodrun on two ranks of this machine, with what Open MPI 5 needs."""
     program = shutil.which("horovodrun", path=str(Path(sys.executable).parent)) or "horovodrun"
@@ -81,6 +86,7 @@ def horovodrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=env)
 
 
+@needs_open_mpi
 def test_under_horovodrun() -> None:
     done = horovodrun(*RUN, "--backup-workers", "1", SCRIPT, "--epochs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
