@@ -73,7 +73,7 @@ def software() -> list[tuple[str, str]]:
         ("mpi4py", ("mpi4py",)),
     ):
         facts.append((name, next((version for each in distributions if (version := installed(each))), "not installed")))
-    return [*facts, ("Horovod", horovod()), *gpus()]
+    return [*facts, ("Horovod", horovod()), *gpu_facts()]
 
 
 def installed(distribution: str) -> str:
@@ -102,17 +102,13 @@ def horovod() -> str:
     return "; ".join([version, *told])
 
 
-def gpus() -> list[tuple[str, str]]:
+def gpu_facts() -> list[tuple[str, str]]:
     """What PyTorch sees."""
     try:
-        import torch
+        from hvd_backup.torch import gpus
     except ImportError:
         return [("GPU", "unknown without PyTorch")]
-    if not torch.cuda.is_available():
-        return [("GPU", "none that PyTorch can use")]
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return [("GPU", ", ".join(f"{count} x {name}" for name, count in names.items())), ("NCCL", nccl)]
+    return gpus.facts()
 
 
 def mpi_facts(nodes: list[str]) -> list[tuple[str, str]]:

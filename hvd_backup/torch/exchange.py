@@ -168,7 +168,8 @@ class GradientExchange:
         """Hands over what the hooks have not, waits, and leaves the averaged gradients in p.grad."""
         self.training.check_usable()
         if not self._started:
-            if self.training.backup_workers > 0:
+            by_hand = any(parameter.grad is not None for parameter in self._parameters)
+            if self.training.backup_workers > 0 or not by_hand:
                 raise UsageError("step() without a gradient: call loss.backward() before every step()")
             self._start()
         self._check_all_known()

@@ -1,0 +1,16 @@
+"""The GPUs that PyTorch can use, in words: for `hvd-backup check`."""
+
+from collections import Counter
+
+import torch
+
+__all__ = ["facts"]
+
+
+def facts() -> list[tuple[str, str]]:
+    """What there is, and in words what it is: the GPUs, and the version of NCCL where there are some."""
+    if not torch.cuda.is_available():
+        return [("GPU", "none that PyTorch can use")]
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return [("GPU", ", ".join(f"{count} x {name}" for name, count in names.items())), ("NCCL", nccl)]
