@@ -58,7 +58,14 @@ class Engine:
         """Rank 0 only, before any rank opens a channel: `channel` is to repeat the decisions given below, in order."""
 
     def replay_decision(
-        self, channel: str, step: int, scope: int, ranks: list[int], weights: list[float], metadata: bytes
+        self,
+        channel: str,
+        step: int,
+        scope: int,
+        required: int,
+        ranks: list[int],
+        weights: list[float],
+        metadata: bytes,
     ) -> None: ...
     def replay_drop(self, channel: str, step: int, scope: int, rank: int) -> None:
         """The gradient of `rank` for this step was not used."""

@@ -52,7 +52,8 @@ def _instruct_channel(engine: Engine, channel: ChannelRecording) -> None:
     for (step, scope), (line, of_update) in newest.items():
         gone = withdrawn.get((step, scope), set())
         kept = [(r, w) for r, w in zip(line.get("ranks", []), line.get("weights", []), strict=True) if r not in gone]
-        engine.replay_decision(channel.name, step, scope, [r for r, _ in kept], [w for _, w in kept], of_update)
+        ranks, weights = [r for r, _ in kept], [w for _, w in kept]
+        engine.replay_decision(channel.name, step, scope, line.get("required", 1), ranks, weights, of_update)
 
 
 def _withdrawn(channel: ChannelRecording) -> dict[tuple[int, int], set[int]]:

@@ -18,7 +18,7 @@ STEPS = 60
 DELAYS = "rank=rotate:7,ms=12,p=0.7,seed=1;rank=*,ms=4,p=0.3,distribution=exponential,seed=2"
 
 
-def train(scope: str, arrive: str, followed: str, hidden: int = 16, steps: int = STEPS) -> dict[str, Any]:
+def train(scope: str, arrive: str, followed: str, hidden: int = 16, steps: int = STEPS, backup_workers: int | str = 1) -> dict[str, Any]:
     """Dropout draws random numbers, so that also what is computed in vain has to be repeated."""
     hvd.init()
     model = torch.nn.Sequential(
@@ -26,11 +26,13 @@ def train(scope: str, arrive: str, followed: str, hidden: int = 16, steps: int =
     )
     torch.manual_seed(hvd.rank())
     plain = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    optimizer = hvd.DistributedOptimizer(plain, model.named_parameters(), backup_workers=1, scope=scope, arrive=arrive)
+    optimizer = hvd.DistributedOptimizer(
+        plain, model.named_parameters(), backup_workers=backup_workers, scope=scope, arrive=arrive
+    )
     optimizer.register_scheduler(torch.optim.lr_scheduler.StepLR(plain, 10, 0.8))
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     updates: list[Any] = []
-    optimizer.on_update(lambda update: updates.append(update.by_scope))
+    optimizer.on_update(lambda update: updates.append((update.by_scope, update.required)))
     epochs = {
         "followed": lambda: hvd.follow(range(steps // 2), optimizer),
         "of unknown length": lambda: hvd.follow(Unsized(steps // 2 + 2 * hvd.rank()), optimizer),
@@ -71,6 +73,17 @@ def test_a_replayed_run_has_the_same_weights(case: tuple[str, str, str], tmp_pat
         4, train, case, env={"HVD_BACKUP_REPLAY": str(path), "HVD_BACKUP_DELAY": "rank=0,ms=3", **buckets}
     )
     assert other[0]["digest"] == recorded[0]["digest"]
+
+
+def test_a_replayed_run_has_the_number_of_contributors_that_was_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    case = ("step", "last", "followed", 16, STEPS, "auto")
+    slow = {"HVD_BACKUP_TRACE": str(path), "HVD_BACKUP_DELAY": "rank=3,ms=30"}
+    recorded = run_ranks(4, train, case, env=slow)
+    again = run_ranks(4, train, case, env={"HVD_BACKUP_REPLAY": str(path)})
+    assert {value["digest"] for value in (*recorded, *again)} == {recorded[0]["digest"]}
+    assert again[0]["updates"] == recorded[0]["updates"]
+    assert len({required for _, required in recorded[0]["updates"]}) > 1, "another N was chosen"
 
 
 @pytest.fixture(scope="module")

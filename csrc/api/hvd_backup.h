@@ -67,8 +67,8 @@ int hvdb_size(const hvdb_engine* engine);
  * each, in the order of the recording, decisions, gradients that were dropped, and ends of rounds. Channels that are
  * not named decide by themselves. */
 hvdb_status hvdb_replay_channel(hvdb_engine* engine, const char* channel, const char* description);
-hvdb_status hvdb_replay_decision(hvdb_engine* engine, const char* channel, int64_t step, int scope, int contributors,
-                                 const int32_t* ranks, const double* weights, const void* metadata,
+hvdb_status hvdb_replay_decision(hvdb_engine* engine, const char* channel, int64_t step, int scope, int required,
+                                 int contributors, const int32_t* ranks, const double* weights, const void* metadata,
                                  size_t metadata_size);
 hvdb_status hvdb_replay_drop(hvdb_engine* engine, const char* channel, int64_t step, int scope, int rank);
 hvdb_status hvdb_replay_round_end(hvdb_engine* engine, const char* channel, int64_t step);

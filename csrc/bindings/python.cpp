@@ -213,11 +213,11 @@ void weighted_sum(const std::string& dtype, std::uintptr_t destination, const st
                           pointers.data(), weights.data(), scale, count));
 }
 
-void replay_decision(PyEngine& self, const std::string& channel, int64_t step, int scope,
+void replay_decision(PyEngine& self, const std::string& channel, int64_t step, int scope, int required,
                      const std::vector<int32_t>& ranks, const std::vector<double>& weights, const nb::bytes& metadata) {
   if (ranks.size() != weights.size()) throw CoreUsageError("replay_decision(): give one weight for each rank");
-  check(hvdb_replay_decision(self.engine, channel.c_str(), step, scope, static_cast<int>(ranks.size()), ranks.data(),
-                             weights.data(), metadata.c_str(), metadata.size()));
+  check(hvdb_replay_decision(self.engine, channel.c_str(), step, scope, required, static_cast<int>(ranks.size()),
+                             ranks.data(), weights.data(), metadata.c_str(), metadata.size()));
 }
 
 nb::tuple forecast(std::uintptr_t computing_us, uint64_t steps, int ranks, int required, double tail_us,
@@ -290,7 +290,7 @@ NB_MODULE(_core, m) {
             check(hvdb_replay_channel(self.engine, channel.c_str(), description.c_str()));
           },
           nb::arg("channel"), nb::arg("description"))
-      .def("replay_decision", &replay_decision, nb::arg("channel"), nb::arg("step"), nb::arg("scope"), nb::arg("ranks"),
+      .def("replay_decision", &replay_decision, nb::arg("channel"), nb::arg("step"), nb::arg("scope"), nb::arg("required"), nb::arg("ranks"),
            nb::arg("weights"), nb::arg("metadata"))
       .def(
           "replay_drop",

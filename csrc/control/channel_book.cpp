@@ -517,7 +517,8 @@ void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeU
   decision.step = open_step_;
   decision.scope = scope;
   decision.tag = tags_(2 * buckets_);
-  decision.required = required();
+  const ScriptedDecision* scripted = script_ ? script_->find(open_step_, scope) : nullptr;
+  decision.required = scripted ? scripted->required : required();
   set_contributors(decision, slot.arrivals);
   Record decided = record(Record::Event::decision, now);
   decided.step = open_step_;

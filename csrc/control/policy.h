@@ -33,11 +33,11 @@ Verdict close_decision(const CloseView& view);
 
 // A rank that was late has to fetch the update that the others hold already, so it starts the next step behind them
 // by its handicap; among equally fast ranks it would be late for ever, though it is on time in all that it does
-// itself. So a decision waits that long for such a rank, from a budget: 1/64 of the time, and one step's time at once
+// itself. So a decision waits that long for such a rank, from a budget: 1/32 of the time, and one step's time at once
 // at most. A rank that was slow in what it does itself is not waited for, so a straggler costs nothing.
 class ReentryBudget {
  public:
-  static constexpr TimeUs share = 64;  // the reciprocal of the budget
+  static constexpr TimeUs share = 32;  // the reciprocal of the budget
 
   // How long to wait after the N-th arrival for a rank that is on time in what it does itself and began the open step
   // `handicap` after the others: 0 when too little is left.

@@ -19,6 +19,7 @@ struct ScriptedDecision {
   Ranks contributors;
   std::vector<double> weights;  // one for each
   std::string metadata;
+  int required = 1;  // N
 };
 
 class ChannelScript {
