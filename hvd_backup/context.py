@@ -3,8 +3,9 @@
 It owns the engine, a communicator of our own for the collectives of the training thread, the configuration, and the
 list of optimizers that have to be asked before all ranks meet. MPI comes from mpi4py; the user's communicator is
 duplicated and never used. However the program ends, the engine leaves before MPI is finalised: by shutdown(), at the
-exit of the interpreter, or when the program calls MPI.Finalize() itself (through an attribute of MPI.COMM_SELF, which
-MPI deletes first of all). Meant for one thread, the training thread.
+exit of the interpreter, or when somebody else ends MPI (through an attribute of MPI.COMM_SELF, which MPI deletes first
+of all). Meant for one thread, the training thread, with one exception: a Horovod that has initialised MPI finalises it
+in a thread of its own, on all ranks, as soon as one rank has shut it down. Hence the care in `Context.close`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import atexit
 import logging
 import os
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +35,7 @@ __all__ = ["Context", "Participant", "current", "init", "is_initialized", "shutd
 MOST_REPORTED = 1 << 62  # steps: all that there are
 MOST_SUMMARISED = 5000  # updates: a fraction of a second at the end of a run
 LEAST_SUMMARISED = 10  # what is shorter was only tried out
+PATIENCE_S = 10.0  # for ranks that have left and have nothing to do any more but say so
 
 _log = logging.getLogger("hvd_backup")
 
@@ -97,11 +101,7 @@ class Context:
         self.collectives = Collectives(self.engine, config.journal_bytes)
         self._rendezvous = Rendezvous(self.collectives, comm)
         self._participants: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._finalizing = False
         self._process = os.getpid()
-        # The engine says goodbye before MPI is finalised, by whomever: MPI deletes this attribute first of all.
-        self._finalize_hook = MPI.Comm.Create_keyval(delete_fn=lambda _comm, _keyval, _value: self._on_finalize())
-        MPI.COMM_SELF.Set_attr(self._finalize_hook, None)
 
     @property
     def default_backup_workers(self) -> int:
@@ -159,22 +159,28 @@ class Context:
         self.collectives.start_afresh()
         return last
 
-    def close(self, failure: str) -> None:
-        """Leaves for good: returns when all ranks have left. failure: the exception that ends this rank, or empty."""
-        from mpi4py import MPI
+    def close(self, failure: str, *, finalizing: bool) -> None:
+        """Leaves for good: returns when all ranks have left.
 
+        Args:
+            failure: the exception that ends this rank, or empty.
+            finalizing: within MPI_Finalize.
+        """
         if self._process != os.getpid():  # a forked child has no engine thread, and must not end its parent's part
             return
         if self.rank == 0:
             self._say_summary()
-        if not self._finalizing:  # within MPI_Finalize they are on their way out themselves
+        if not finalizing:  # within MPI_Finalize they are on their way out themselves
             for end in self.before_close:
                 end()
         self.engine.shutdown(failure)
-        self.comm.Free()
-        if not self._finalizing:
-            MPI.COMM_SELF.Delete_attr(self._finalize_hook)
-            MPI.Comm.Free_keyval(self._finalize_hook)
+        if not finalizing:
+            # A rank that returns from here may have MPI finalised on all of them, so everything but this is done by
+            # then; the communicator is freed by the next init(), or with MPI.
+            met, deadline = self.comm.Ibarrier(), time.monotonic() + PATIENCE_S
+            while not met.Test() and time.monotonic() < deadline:
+                time.sleep(0.0002)
+            _retired.append(self.comm)
 
     def straggler_report(self, channel: str | None = None, last: int | None = None) -> stragglers.StragglerReport:
         """See `hvd_backup.stragglers.report`; empty on other ranks than 0."""
@@ -188,14 +194,12 @@ class Context:
         if report.updates >= LEAST_SUMMARISED and self.config.log_level not in ("error", "fatal"):
             print(f"[hvd_backup] {report.summary()}", file=sys.stderr, flush=True)
 
-    def _on_finalize(self) -> None:
-        self._finalizing = True
-        if _current is self:
-            _end_quietly("hvd_backup was used after MPI.Finalize(): finalise MPI last, or leave it to mpi4py")
-
 
 _current: Context | None = None
 _why_not = "hvd_backup is not initialised: call hvd.init() first"
+_closing = threading.RLock()  # held while a context is closed: MPI's end waits for that
+_retired: list[MPI.Intracomm] = []  # the communicators of closed contexts
+_sees_finalize = False  # whether _on_finalize is set up
 
 
 def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
@@ -222,6 +226,9 @@ def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
         if comm is not None and MPI.Comm.Compare(comm, _current.comm) not in (MPI.IDENT, MPI.CONGRUENT):
             raise UsageError("init() was called before with another communicator: on all ranks, call shutdown() first")
         return
+    _see_finalize(MPI)
+    while _retired:
+        _retired.pop().Free()
     original: Any = MPI.COMM_WORLD if comm is None else comm
     own = original.Dup()  # before anything that may fail on some ranks only
     complaint, config, recorded = "", Config(), None
@@ -300,12 +307,29 @@ def straggler_report(channel: str | None = None, last: int | None = None) -> str
     return current().straggler_report(channel, last)
 
 
-def _end(why_not: str, failure: str = "") -> None:
+def _end(why_not: str, failure: str = "", *, finalizing: bool = False) -> None:
     global _current, _why_not
-    context, _current = _current, None
-    if context is not None:
-        _why_not = why_not
-        context.close(failure)
+    with _closing:
+        context, _current = _current, None
+        if context is not None:
+            _why_not = why_not
+            context.close(failure, finalizing=finalizing)
+
+
+def _see_finalize(MPI: Any) -> None:  # noqa: N803
+    """From now on _on_finalize runs when anybody finalises MPI, in whichever thread: MPI deletes this attribute first.
+
+    Once for the process: to take the attribute back when a context closes, in one thread, could meet MPI's end, which
+    deletes it in another.
+    """
+    global _sees_finalize
+    if not _sees_finalize:
+        _sees_finalize = True
+        MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_on_finalize), None)
+
+
+def _on_finalize(_comm: MPI.Comm, _keyval: int, _value: object) -> None:
+    _end_quietly("hvd_backup was used after MPI.Finalize(): finalise MPI last, or leave it to mpi4py", finalizing=True)
 
 
 def _worst(complaints: list[str], rank: int) -> ConfigError:
@@ -332,8 +356,8 @@ def _at_exit() -> None:
     _end_quietly("the interpreter is exiting", failure="" if error is None else f"{type(error).__name__}: {error}")
 
 
-def _end_quietly(why_not: str, failure: str = "") -> None:
+def _end_quietly(why_not: str, failure: str = "", *, finalizing: bool = False) -> None:
     try:
-        _end(why_not, failure)
+        _end(why_not, failure, finalizing=finalizing)
     except HvdBackupError as error:
         _log.error("while leaving: %s", error)

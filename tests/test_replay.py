@@ -18,7 +18,9 @@ STEPS = 60
 DELAYS = "rank=rotate:7,ms=12,p=0.7,seed=1;rank=*,ms=4,p=0.3,distribution=exponential,seed=2"
 
 
-def train(scope: str, arrive: str, followed: str, hidden: int = 16, steps: int = STEPS, backup_workers: int | str = 1) -> dict[str, Any]:
+def train(
+    scope: str, arrive: str, followed: str, hidden: int = 16, steps: int = STEPS, backup_workers: int | str = 1
+) -> dict[str, Any]:
     """Dropout draws random numbers, so that also what is computed in vain has to be repeated."""
     hvd.init()
     model = torch.nn.Sequential(

@@ -290,8 +290,8 @@ NB_MODULE(_core, m) {
             check(hvdb_replay_channel(self.engine, channel.c_str(), description.c_str()));
           },
           nb::arg("channel"), nb::arg("description"))
-      .def("replay_decision", &replay_decision, nb::arg("channel"), nb::arg("step"), nb::arg("scope"), nb::arg("required"), nb::arg("ranks"),
-           nb::arg("weights"), nb::arg("metadata"))
+      .def("replay_decision", &replay_decision, nb::arg("channel"), nb::arg("step"), nb::arg("scope"),
+           nb::arg("required"), nb::arg("ranks"), nb::arg("weights"), nb::arg("metadata"))
       .def(
           "replay_drop",
           [](PyEngine& self, const std::string& channel, int64_t step, int scope, int rank) {
