@@ -111,8 +111,12 @@ class Channel:
     def begin(self, samples: float, metadata: bytes) -> None:
         """Opens this rank's contribution to update `step`. metadata travels with the decision (hyperparameters)."""
 
-    def submit(self, bucket: int, contribution: int, result: int) -> None:
-        """Hands over a bucket by address. contribution: unchanged until wait() has returned; result: another buffer."""
+    def submit(self, bucket: int, contribution: int, result: int, wait_follows: bool = False) -> None:
+        """Hands over a bucket by address.
+
+        contribution: unchanged until wait() has returned; result: another buffer; wait_follows: this thread calls
+        wait() at once, so the engine thread need not be woken.
+        """
 
     def set_results(self, results: list[int]) -> None:
         """Addresses into which missed updates are written when this rank has nothing submitted; one per bucket."""

@@ -102,7 +102,9 @@ hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_fi
   });
 }
 
-void hvdb_engine_destroy(hvdb_engine* engine) { delete engine; }
+void hvdb_engine_destroy(hvdb_engine* engine) {
+  if (engine && !engine->engine->in_forked_child()) delete engine;
+}
 
 int hvdb_rank(const hvdb_engine* engine) { return engine->engine->rank(); }
 int hvdb_size(const hvdb_engine* engine) { return engine->engine->size(); }
@@ -241,9 +243,9 @@ hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metada
   });
 }
 
-hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result) {
+hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result, int wait_follows) {
   return guarded([&] {
-    channel->engine->submit(*channel->channel, bucket, contribution, result);
+    channel->engine->submit(*channel->channel, bucket, contribution, result, wait_follows != 0);
     return HVDB_OK;
   });
 }

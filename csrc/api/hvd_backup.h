@@ -59,7 +59,7 @@ typedef struct {
  * with MPI_THREAD_MULTIPLE; shut the engine down before MPI_Finalize. files: NULL: none. */
 hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const hvdb_files* files, hvdb_engine** engine);
 hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_files* files, hvdb_engine** engine);
-/* Ends the thread at once if it runs. The channels of the engine die with it. */
+/* Ends the thread at once if it runs. The channels of the engine die with it. In a forked child: does nothing. */
 void hvdb_engine_destroy(hvdb_engine* engine);
 int hvdb_rank(const hvdb_engine* engine);
 int hvdb_size(const hvdb_engine* engine);
@@ -119,7 +119,8 @@ hvdb_status hvdb_set_results(hvdb_channel* channel, int buckets, void* const* re
 hvdb_status hvdb_measure(hvdb_channel* channel, int buckets);
 
 hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metadata, size_t metadata_size);
-hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result);
+/* wait_follows: this thread calls hvdb_wait at once, so that nobody else need be told. */
+hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result, int wait_follows);
 /* update may be NULL: then HVDB_OK says that there is one to take. */
 hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** update);
 hvdb_status hvdb_begin_round(hvdb_channel* channel, int64_t length, int64_t align_every);

@@ -344,10 +344,11 @@ NB_MODULE(_core, m) {
           nb::arg("samples"), nb::arg("metadata"))
       .def(
           "submit",
-          [](PyChannel& self, int bucket, std::uintptr_t contribution, std::uintptr_t result) {
-            check(hvdb_submit(self.channel, bucket, pointer<const void>(contribution), pointer<void>(result)));
+          [](PyChannel& self, int bucket, std::uintptr_t contribution, std::uintptr_t result, bool wait_follows) {
+            check(hvdb_submit(self.channel, bucket, pointer<const void>(contribution), pointer<void>(result),
+                              wait_follows ? 1 : 0));
           },
-          nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"))
+          nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"), nb::arg("wait_follows") = false)
       .def("wait", &wait)
       .def("poll", &poll)
       .def(

@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #ifdef __linux__
 #include <sys/prctl.h>
@@ -20,6 +21,9 @@ namespace {
 // A keeper that has not answered a fetch after this multiple of what the last fetch took is not waited for.
 constexpr TimeUs patience_factor = 8;
 constexpr TimeUs least_patience_us = 20'000;  // scheduling noise on a crowded machine
+
+// The engine thread looks again after this time whether a training thread still takes the turns.
+constexpr TimeUs short_drive_us = 500;
 
 template <class Body>
 concept NamesChannelById = requires(Body body) { body.channel; };
@@ -48,6 +52,20 @@ class Raised {
   int& counter_;
 };
 
+// While it lives, this thread sleeps as short as it asks for: by default Linux adds 50 us, as much as the shortest nap.
+class PreciseNaps {
+ public:
+#ifdef __linux__
+  PreciseNaps() : slack_ns_(prctl(PR_GET_TIMERSLACK)) { prctl(PR_SET_TIMERSLACK, 1000UL); }
+  ~PreciseNaps() {
+    if (slack_ns_ > 0) prctl(PR_SET_TIMERSLACK, static_cast<unsigned long>(slack_ns_));
+  }
+
+ private:
+  const int slack_ns_;
+#endif
+};
+
 double unix_s() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
 void report(int rank, const std::string& text) {
@@ -58,6 +76,7 @@ void report(int rank, const std::string& text) {
 
 Engine::Engine(std::unique_ptr<Transport> transport, const EngineFiles& files)
     : transport_(std::move(transport)),
+      process_(getpid()),
       rank_(transport_->rank()),
       size_(transport_->size()),
       tag_limit_(static_cast<std::int32_t>((static_cast<std::int64_t>(transport_->max_tag()) + 1) / 2)),
@@ -72,6 +91,8 @@ Engine::Engine(std::unique_ptr<Transport> transport, const EngineFiles& files)
 Engine::~Engine() { stop(); }
 
 // --- the training thread's side ----------------------------------------------------------------------------------
+
+bool Engine::in_forked_child() const { return getpid() != process_; }
 
 void Engine::check_usable(const Channel* channel) const {
   if (!failure_.empty()) throw RuntimeFailure(failure_);
@@ -91,12 +112,11 @@ void Engine::say(Message message) {
     for (Message& earlier : channel->member.take_messages()) outgoing_.push_back(std::move(earlier));
   }
   outgoing_.push_back(std::move(message));
-  wake();
 }
 
 void Engine::wake() {
   woken_ = true;
-  wake_up_.notify_one();
+  (driven_ ? wake_driver_ : wake_engine_).notify_one();
 }
 
 Channel& Engine::open(const ChannelSpec& spec) {
@@ -112,6 +132,7 @@ Channel& Engine::open(const ChannelSpec& spec) {
   }
   channels_.push_back(std::make_unique<Channel>(spec.name, rank_, spec.kind, spec.arrive_first, spec.average));
   training_channels_ += spec.kind == ChannelKind::training ? 1 : 0;
+  first_n_collectives_ += spec.kind == ChannelKind::collective && spec.options.required < size_ ? 1 : 0;
   outgoing_.push_back(Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all});
   wake();
   return *channels_.back();
@@ -170,7 +191,7 @@ void Engine::begin(Channel& channel, double samples, std::string metadata) {
   for (Bucket& bucket : channel.buckets) bucket.submitted = false;
 }
 
-void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result) {
+void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result, bool wait_follows) {
   const std::scoped_lock lock(mutex_);
   check_usable(&channel);
   channel.member.submit(bucket);
@@ -179,13 +200,13 @@ void Engine::submit(Channel& channel, int bucket, const void* contribution, void
   own.result = result;
   own.submitted = true;
   mark_dirty(channel);
-  wake();
+  if (!wait_follows || driven_) wake();
 }
 
 bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
   std::unique_lock lock(mutex_);
   const Raised waiting(waiting_);
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(timeout_us);
+  const TimeUs deadline = monotonic_us() + timeout_us;
   while (true) {
     // What is decided is completed and handed out, though the channel has failed since: others have it already.
     check_usable(channel.member.decided() ? nullptr : &channel);
@@ -193,10 +214,16 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
       if (update) *update = channel.member.take();
       return true;
     }
+    const TimeUs now = monotonic_us();
+    if (now >= deadline) return false;
     if (training_channels_ > 1) channel.member.announce_waiting();
     mark_dirty(channel);
-    wake();
-    if (channel.changed.wait_until(lock, deadline) == std::cv_status::timeout) return false;
+    if (driven_) {
+      wake();
+      channel.changed.wait_for(lock, std::chrono::microseconds(deadline - now));
+    } else {
+      drive(lock, channel, deadline);
+    }
   }
 }
 
@@ -232,6 +259,7 @@ Engine::View Engine::view(Channel& channel) {
 }
 
 bool Engine::close(Channel& channel, TimeUs timeout_us) {
+  if (in_forked_child()) return true;
   std::unique_lock lock(mutex_);
   if (ended_ || !failure_.empty()) return true;
   withdraw(channel, true);
@@ -245,7 +273,7 @@ bool Engine::close(Channel& channel, TimeUs timeout_us) {
 void Engine::pause() {
   const std::scoped_lock lock(mutex_);
   check_usable(nullptr);
-  say(Pause{});
+  if (first_n_collectives_ > 0) say(Pause{});
 }
 
 void Engine::join() {
@@ -253,6 +281,7 @@ void Engine::join() {
   check_usable(nullptr);
   joined_.reset();
   say(Join{});
+  wake();
 }
 
 bool Engine::joined(TimeUs timeout_us, int* last_rank) {
@@ -271,6 +300,7 @@ void Engine::leave_for_good(const std::string& failure) {
   leaving_ = true;
   for (auto& channel : channels_) withdraw(*channel, false);
   say(Exit{failure});
+  wake();
 }
 
 // Gives up what this rank has begun to contribute and will not complete; the others go on without it.
@@ -299,49 +329,42 @@ void Engine::stop() {
   stop_ = true;
   {
     const std::scoped_lock lock(mutex_);
-    wake();
+    wake_engine_.notify_all();
+    wake_driver_.notify_all();
   }
   if (thread_.joinable()) thread_.join();
+  const std::scoped_lock turn(turn_mutex_);  // a thread that drives has stopped, too
   transport_.reset();
 }
 
 // --- the engine thread's side ------------------------------------------------------------------------------------
 
 void Engine::run() {
-#ifdef __linux__
-  prctl(PR_SET_TIMERSLACK, 1000UL);  // nanoseconds; the default, 50 us, would double the shortest nap
-#endif
-  TimeUs idle_since = monotonic_us();
+  const PreciseNaps precise;
+  Pace pace{monotonic_us()};
   TimeUs lingering_since = -1;
-  try {
-    while (!stop_) {
-      const bool worked = turn();
-      const TimeUs now = monotonic_us();
-      if (worked) idle_since = now;
-      std::unique_lock lock(mutex_);
-      if (all_gone_) {
-        // The last messages have to go out; what a lost peer never took is given up after a second.
-        if (lingering_since < 0) lingering_since = now;
-        if (transport_->pending() == 0 || now - lingering_since > 1'000'000) break;
+  while (!stop_) {
+    std::unique_lock lock(mutex_);
+    if (driven_) {
+      // A short drive ends without a word: to wake this thread every time would cost as much as it saves.
+      if (!wake_engine_.wait_for(lock, std::chrono::microseconds(short_drive_us),
+                                 [this] { return !driven_ || stop_; })) {
+        asleep_ = true;
+        wake_engine_.wait(lock, [this] { return !driven_ || stop_; });
+        asleep_ = false;
       }
-      if (woken_ || worked) {
-        woken_ = false;
-        continue;
-      }
-      TimeUs nap = nap_us(now - idle_since, expecting());
-      if (coordinator_) {
-        if (const auto deadline = coordinator_->next_deadline())
-          nap = std::min(nap, std::max<TimeUs>(*deadline - now, 0));
-      }
-      if (nap == 0) {
-        lock.unlock();
-        sched_yield();
-      } else {
-        wake_up_.wait_for(lock, std::chrono::microseconds(nap), [this] { return woken_; });
-      }
+      pace.idle_since = std::max(pace.idle_since, driven_until_);
+      continue;
     }
-  } catch (const std::exception& error) {
-    fail("the engine of rank " + std::to_string(rank_) + " has failed: " + error.what());
+    lock.unlock();
+    take_turn(pace);
+    lock.lock();
+    if (all_gone_) {
+      // The last messages have to go out; what a lost peer never took is given up after a second.
+      if (lingering_since < 0) lingering_since = pace.now;
+      if (pace.pending == 0 || pace.now - lingering_since > 1'000'000) break;
+    }
+    if (!driven_) rest(lock, wake_engine_, pace);
   }
   const std::scoped_lock lock(mutex_);
   ended_ = true;
@@ -349,10 +372,60 @@ void Engine::run() {
   for (auto& channel : channels_) channel->changed.notify_all();
 }
 
-// With the mutex held, on the engine thread.
-Expecting Engine::expecting() const {
-  if (transport_->pending() > 0) return Expecting::transfer;
-  return waiting_ > 0 || (coordinator_ && coordinator_->anybody_waits()) ? Expecting::message : Expecting::nothing;
+// In the thread that waits for `channel`, with the mutex held: takes the turns until something may have come, or until
+// the deadline.
+void Engine::drive(std::unique_lock<std::mutex>& lock, Channel& channel, TimeUs deadline) {
+  const PreciseNaps precise;
+  Pace pace{monotonic_us()};
+  driven_ = true;
+  while (true) {
+    lock.unlock();
+    take_turn(pace);
+    lock.lock();
+    if (channel.member.next() || !channel.failure.empty() || !failure_.empty() || stop_ || pace.now >= deadline) break;
+    if (pace.worked) mark_dirty(channel);  // next() may have found something to ask for
+    rest(lock, wake_driver_, pace);
+  }
+  driven_ = false;
+  driven_until_ = pace.now;
+  const bool others_wait = waiting_ > 1 || (coordinator_ && coordinator_->anybody_waits());
+  if (asleep_ || pace.pending > 0 || others_wait) wake();
+}
+
+// One turn of the loop, once whoever has the turn has ended it.
+void Engine::take_turn(Pace& pace) {
+  const std::scoped_lock turning(turn_mutex_);
+  if (stop_) return;
+  try {
+    pace.worked = turn();
+    pace.pending = transport_->pending();
+  } catch (const std::exception& error) {
+    fail("the engine of rank " + std::to_string(rank_) + " has failed: " + error.what());
+    stop_ = true;
+  }
+  pace.now = monotonic_us();
+  if (pace.worked) pace.idle_since = pace.now;
+}
+
+// Between two turns, with the mutex held.
+void Engine::rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace) {
+  if (std::exchange(woken_, false) || pace.worked || stop_) return;
+  const bool somebody_waits = waiting_ > 0 || (coordinator_ && coordinator_->anybody_waits());
+  const Expecting expecting = pace.pending > 0 ? Expecting::transfer
+                              : somebody_waits ? Expecting::message
+                                               : Expecting::nothing;
+  TimeUs nap = nap_us(pace.now - pace.idle_since, expecting);
+  if (coordinator_) {
+    if (const auto deadline = coordinator_->next_deadline())
+      nap = std::min(nap, std::max<TimeUs>(*deadline - pace.now, 0));
+  }
+  if (nap == 0) {
+    lock.unlock();
+    sched_yield();
+    lock.lock();
+  } else {
+    called.wait_for(lock, std::chrono::microseconds(nap), [this] { return woken_ || stop_; });
+  }
 }
 
 // One round: completes transfers, takes messages, does what has become possible. True when there was anything.
