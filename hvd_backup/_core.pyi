@@ -118,6 +118,15 @@ class Channel:
         wait() at once, so the engine thread need not be woken.
         """
 
+    def hold(self) -> None:
+        """From now on result buffers may be changed between wait() and commit(), by all contributors alike.
+
+        Late ranks get what is there at commit(). Before the first begin(), on all ranks; not with several scopes.
+        """
+
+    def commit(self) -> None:
+        """After hold(): the update that wait() gave stays as it is now."""
+
     def set_results(self, results: list[int]) -> None:
         """Addresses into which missed updates are written when this rank has nothing submitted; one per bucket."""
 

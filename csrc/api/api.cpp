@@ -260,6 +260,20 @@ hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** u
   });
 }
 
+hvdb_status hvdb_hold(hvdb_channel* channel) {
+  return guarded([&] {
+    channel->engine->hold(*channel->channel);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_commit(hvdb_channel* channel) {
+  return guarded([&] {
+    channel->engine->commit(*channel->channel);
+    return HVDB_OK;
+  });
+}
+
 hvdb_status hvdb_begin_round(hvdb_channel* channel, int64_t length, int64_t align_every) {
   return guarded([&] {
     channel->engine->begin_round(*channel->channel, length, align_every);

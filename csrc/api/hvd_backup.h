@@ -123,6 +123,11 @@ hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metada
 hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result, int wait_follows);
 /* update may be NULL: then HVDB_OK says that there is one to take. */
 hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** update);
+/* After hvdb_hold, updates that this rank has contributed to may be changed in the result buffers, in the same way by
+ * all contributors, until hvdb_commit; late ranks get what is there then. Before the first begin, on all ranks alike;
+ * not with more than one scope. */
+hvdb_status hvdb_hold(hvdb_channel* channel);
+hvdb_status hvdb_commit(hvdb_channel* channel);
 hvdb_status hvdb_begin_round(hvdb_channel* channel, int64_t length, int64_t align_every);
 hvdb_status hvdb_away(hvdb_channel* channel);
 hvdb_status hvdb_leave(hvdb_channel* channel);

@@ -350,6 +350,8 @@ NB_MODULE(_core, m) {
           },
           nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"), nb::arg("wait_follows") = false)
       .def("wait", &wait)
+      .def("hold", [](PyChannel& self) { check(hvdb_hold(self.channel)); })
+      .def("commit", [](PyChannel& self) { check(hvdb_commit(self.channel)); })
       .def("poll", &poll)
       .def(
           "begin_round",

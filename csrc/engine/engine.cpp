@@ -227,6 +227,20 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
   }
 }
 
+void Engine::hold(Channel& channel) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  channel.member.hold();
+}
+
+void Engine::commit(Channel& channel) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(nullptr);
+  for (const Decision& decision : channel.member.commit()) keep_for_late_ranks(channel, decision);
+  mark_dirty(channel);
+  wake();
+}
+
 void Engine::begin_round(Channel& channel, std::int64_t length, std::int64_t align_every) {
   const std::scoped_lock lock(mutex_);
   check_usable(&channel);
@@ -631,7 +645,7 @@ void Engine::bucket_reduced(Channel& channel, const Decision& decision, const Sq
     complete = --reduction.left == 0;
   }
   // Before anybody hears of it: the training thread may change the result once it has it.
-  if (complete && static_cast<int>(decision.contributors.size()) < size_) keep_in_journal(channel, decision);
+  if (complete && !channel.member.holds()) keep_for_late_ranks(channel, decision);
   const std::scoped_lock lock(mutex_);
   if (complete) {
     const Squares& squares = channel.reductions[decision.scope].squares;
@@ -661,7 +675,8 @@ bool Engine::clear_retired(Reduction& reduction) {
   return reduction.retired_tags.empty();
 }
 
-void Engine::keep_in_journal(Channel& channel, const Decision& decision) {
+void Engine::keep_for_late_ranks(Channel& channel, const Decision& decision) {
+  if (static_cast<int>(decision.contributors.size()) == size_) return;
   const int k = static_cast<int>(decision.contributors.size());
   const auto self = std::find(decision.contributors.begin(), decision.contributors.end(), rank_);
   const int own = static_cast<int>(self - decision.contributors.begin());

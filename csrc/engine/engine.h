@@ -76,6 +76,10 @@ class Engine {
   void submit(Channel& channel, int bucket, const void* contribution, void* result, bool wait_follows);
   // True and the update when there is one within the timeout.
   bool wait(Channel& channel, TimeUs timeout_us, Update* update);
+  // After hold(), updates that this rank contributes to may be changed in the result buffers, the same on all
+  // contributors, until commit(); late ranks fetch what is there then. Before the first begin(); one scope.
+  void hold(Channel& channel);
+  void commit(Channel& channel);
   void begin_round(Channel& channel, std::int64_t length, std::int64_t align_every);
   void away(Channel& channel);
   void leave(Channel& channel);
@@ -148,7 +152,7 @@ class Engine {
   void bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms);
   void retire(Channel& channel, Reduction& reduction);
   bool clear_retired(Reduction& reduction);
-  void keep_in_journal(Channel& channel, const Decision& decision);
+  void keep_for_late_ranks(Channel& channel, const Decision& decision);
   void start_fetch(Channel& channel, const CatchUp& missed, TimeUs now);
   void tick_fetches(TimeUs now);
   void take_records();
