@@ -74,9 +74,9 @@ $(python):
 	$(PYTHON) -m venv $(VENV)
 
 # Touched only when a setting differs from the last time.
-settings := MPI=$(MPI) $(mpi_bin) TORCH=$(TORCH)
+settings := MPI=$(MPI) $(if $(mpi_bin),$(shell $(mpi_bin)/mpicxx -show | cksum)) TORCH=$(TORCH)
 $(VENV)/.settings: FORCE | $(python)
-	@echo '$(settings)' | cmp -s - $@ || echo '$(settings)' > $@
+	@echo '$(settings)' | cmp -s - $@ || { rm -rf $(build); echo '$(settings)' > $@; }
 
 $(VENV)/.packages: $(VENV)/.settings Makefile
 	@echo "installing build tools, $(TORCH) $(mpi_package) into $(VENV)"
