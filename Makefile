@@ -80,7 +80,7 @@ $(VENV)/.settings: FORCE | $(python)
 
 $(VENV)/.packages: $(VENV)/.settings Makefile
 	@echo "installing build tools, $(TORCH) $(mpi_package) into $(VENV)"
-	@$(pip) install $(BUILD_TOOLS) "$(TORCH)" $(mpi_package)
+	@$(pip) install $(BUILD_TOOLS) "$(TORCH)" $(mpi_package) $(if $(mpi_bin),--no-binary mpi4py mpi4py)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.packages $(sources)

