@@ -320,12 +320,7 @@ void Engine::leave_for_good(const std::string& failure) {
 // Gives up what this rank has begun to contribute and will not complete; the others go on without it.
 void Engine::withdraw(Channel& channel, bool also_complete) {
   channel.member.withdraw(also_complete);
-  for (auto& [scope, reduction] : channel.reductions) {
-    if (reduction.left > 0 &&
-        !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) {
-      retire(channel, reduction);
-    }
-  }
+  retire_given_up(channel);
   mark_dirty(channel);
 }
 
@@ -517,6 +512,7 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
         } else if constexpr (NamesChannelById<Body>) {
           Channel& channel = by_id(body_of.channel);
           if constexpr (requires { channel.member.receive(body_of); }) channel.member.receive(body_of);
+          if constexpr (std::is_same_v<Body, Late>) retire_given_up(channel);
           channel.journal.forget_before(channel.member.all_have());
           mark_dirty(channel);
           channel.changed.notify_all();
@@ -653,6 +649,16 @@ void Engine::bucket_reduced(Channel& channel, const Decision& decision, const Sq
   }
   mark_dirty(channel);
   channel.changed.notify_all();
+}
+
+// Of what this rank does not contribute to any more.
+void Engine::retire_given_up(Channel& channel) {
+  for (auto& [scope, reduction] : channel.reductions) {
+    if (reduction.left > 0 &&
+        !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) {
+      retire(channel, reduction);
+    }
+  }
 }
 
 // This attempt is given up: a contributor has withdrawn. Its collectives will not end; the next attempt writes the

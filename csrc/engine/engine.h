@@ -151,6 +151,7 @@ class Engine {
   void start_reduction(const Start& start);
   void bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms);
   void retire(Channel& channel, Reduction& reduction);
+  void retire_given_up(Channel& channel);
   bool clear_retired(Reduction& reduction);
   void keep_for_late_ranks(Channel& channel, const Decision& decision);
   void start_fetch(Channel& channel, const CatchUp& missed, TimeUs now);
