@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import tensorflow as tf
@@ -93,5 +94,10 @@ def DistributedGradientTape(  # noqa: N802
 
     own: Any = gradtape
     own._reduce = means
-    own.__class__ = type(type(gradtape).__name__, (_ReducingTape, type(gradtape)), {})
+    own.__class__ = _reducing(type(gradtape))
     return own
+
+
+@functools.cache  # a loop makes a tape in every step
+def _reducing(kind: type) -> type:
+    return type(kind.__name__, (_ReducingTape, kind), {})
