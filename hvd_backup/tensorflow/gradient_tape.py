@@ -94,7 +94,8 @@ def DistributedGradientTape(  # noqa: N802
 
     own: Any = gradtape
     own._reduce = means
-    own.__class__ = _reducing(type(gradtape))
+    kind: Any = type(gradtape)
+    own.__class__ = _reducing(kind)
     return own
 
 
