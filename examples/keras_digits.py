@@ -63,6 +63,7 @@ def main() -> None:
         data.batch(args.batch_size, drop_remainder=True),
         epochs=args.epochs,
         validation_data=(images[test], labels[test]),
+        shuffle=False,  # the dataset does
         verbose=2 if hvd.rank() == 0 else 0,
         callbacks=[
             hvd.callbacks.BroadcastGlobalVariablesCallback(0),

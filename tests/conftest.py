@@ -50,4 +50,4 @@ def tensorflow_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     from tests import keras_cases
     result = keras_cases.run_cases(sys.argv[1])
     """  # a script, so that this process need not import TensorFlow
-    return run_ranks(4, source, args=(str(tmp_path_factory.mktemp("tensorflow")),), timeout_s=280)
+    return run_ranks(4, source, args=(str(tmp_path_factory.mktemp("tensorflow")),), timeout_s=560)

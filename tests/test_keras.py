@@ -20,6 +20,8 @@ FOLLOWED = [
 
 Results = list[dict[str, Any]]
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all cases of four ranks: two minutes on two idle cores
+
 
 def of(tensorflow_results: Results, case: str) -> list[Any]:
     return [results[case] for results in tensorflow_results]

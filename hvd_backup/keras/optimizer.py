@@ -53,20 +53,14 @@ class DistributedApply:
             self.training.leave_round("the end of fit()")
         super().finalize_variable_values(var_list)  # type: ignore[misc]  # the wrapped optimizer's
 
-    @property
-    def loss_scale_factor(self) -> Any:
-        """As Keras's."""
-        return self.__dict__.get("loss_scale_factor")
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, value: Any) -> None:
-        if value is None:  # nothing in Keras does this but the constructor of LossScaleOptimizer
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss_scale_factor" and value is None:  # only the constructor of LossScaleOptimizer does this
             raise UsageError(
                 "LossScaleOptimizer around a DistributedOptimizer (compile() makes one with mixed_float16): a rank "
                 "whose own gradients overflow would not take part. Wrap it the other way round: "
                 "hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...)"
             )
-        self.__dict__["loss_scale_factor"] = value
+        super().__setattr__(name, value)
 
     # --- beyond Horovod ---
 
