@@ -118,6 +118,7 @@ def main() -> None:
         sizes, args.rounds, args.steps = SIZES[:2], 1, 8
     comm = MPI.COMM_WORLD
     tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.get_logger().setLevel("ERROR")  # each block is a function of its own on purpose
     hvd.init()
     samples: Samples = defaultdict(list)
     for _ in range(args.rounds):
@@ -150,7 +151,7 @@ def main() -> None:
             ["what [bytes]", "contestant", "p50 [us]", "p90 [us]", "to Horovod; fit: to nobody late"],
             cells,
             f"{facts['mpi']}, {facts['cores']} cores, {facts['cpu']}; verified"
-            + ("" if HOROVOD.usable() else f"; without Horovod: {HOROVOD.why_not()}"),
+            + ("" if HOROVOD.usable() else f"; without Horovod: {HOROVOD.why_not().splitlines()[0]}"),
         )
         settings = {"ranks": comm.size, "rounds": args.rounds, "steps": args.steps, "work_ms": WORK_MS}
         measurement.write_json(args.json, "tensorflow_perf", {**settings, "late_ms": LATE_MS}, results)
