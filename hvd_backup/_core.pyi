@@ -89,6 +89,10 @@ class Engine:
 
 class Channel:
     @property
+    def address(self) -> int:
+        """Of the hvdb_channel, for bindings in libraries of their own; valid as long as this object lives."""
+
+    @property
     def proposal(self) -> bytes: ...
     def set_layout(self, buckets: list[tuple[int, str]], scopes: list[int]) -> None:
         """buckets: (elements, dtype name) of each. scopes: for each bucket its scope, ascending from 0.
@@ -214,3 +218,6 @@ def mpi_library_version() -> str:
 
 def mpi_built_with() -> str:
     """The version text of the MPI library that this module was built with, its first line."""
+
+def function_table() -> int:
+    """Address of the hvdb_functions of csrc/api/hvd_backup.h, for bindings in libraries of their own."""

@@ -94,6 +94,14 @@ def test_under_horovodrun() -> None:
     assert first["weights"] == second["weights"]
 
 
+@needs_open_mpi
+def test_keras_under_horovodrun() -> None:
+    example = str(Path(__file__).parents[1] / "examples" / "keras_digits.py")
+    done = horovodrun(sys.executable, example, "--epochs", "1", "--backup-workers", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "weights identical   yes" in done.stdout
+
+
 def test_horovodrun_with_gloo_is_told_what_works() -> None:
     done = horovodrun("--gloo", sys.executable, "-c", "import hvd_backup.torch as hvd; hvd.init()")
     printed = done.stdout + done.stderr

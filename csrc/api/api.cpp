@@ -373,3 +373,21 @@ const char* hvdb_mpi_library_version(void) {
 }
 
 const char* hvdb_mpi_built_with(void) { return HVD_BACKUP_BUILT_WITH_MPI; }
+
+const hvdb_functions* hvdb_function_table(void) {
+  static const hvdb_functions table = {HVDB_FUNCTIONS_ABI,
+                                       hvdb_last_error,
+                                       hvdb_begin,
+                                       hvdb_submit,
+                                       hvdb_wait,
+                                       hvdb_update_get_kind,
+                                       hvdb_update_step,
+                                       hvdb_update_contributed,
+                                       hvdb_update_samples,
+                                       hvdb_update_required,
+                                       hvdb_update_scopes,
+                                       hvdb_update_contributors,
+                                       hvdb_update_metadata,
+                                       hvdb_update_destroy};
+  return &table;
+}

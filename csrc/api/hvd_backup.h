@@ -169,6 +169,29 @@ const char* hvdb_kernel_instruction_set(void);
 const char* hvdb_mpi_library_version(void);
 const char* hvdb_mpi_built_with(void);
 
+/* --- for bindings in libraries of their own --- */
+
+/* What a step needs, by pointer: a library that is loaded beside the one with the core (TensorFlow's ops) gets this
+ * table from it and so links no second core. abi: HVDB_FUNCTIONS_ABI of the core; it changes with this struct. */
+#define HVDB_FUNCTIONS_ABI 1
+typedef struct {
+  int abi;
+  const char* (*last_error)(void);
+  hvdb_status (*begin)(hvdb_channel*, double, const void*, size_t);
+  hvdb_status (*submit)(hvdb_channel*, int, const void*, void*, int);
+  hvdb_status (*wait)(hvdb_channel*, int64_t, hvdb_update**);
+  hvdb_update_kind (*update_get_kind)(const hvdb_update*);
+  int64_t (*update_step)(const hvdb_update*);
+  int (*update_contributed)(const hvdb_update*);
+  double (*update_samples)(const hvdb_update*);
+  int (*update_required)(const hvdb_update*);
+  int (*update_scopes)(const hvdb_update*);
+  const int32_t* (*update_contributors)(const hvdb_update*, int, int*);
+  const void* (*update_metadata)(const hvdb_update*, size_t*);
+  void (*update_destroy)(hvdb_update*);
+} hvdb_functions;
+const hvdb_functions* hvdb_function_table(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -317,6 +317,7 @@ NB_MODULE(_core, m) {
       .def("shutdown", &shut_down, nb::arg("failure") = "");
 
   nb::class_<PyChannel>(m, "Channel")
+      .def_prop_ro("address", [](const PyChannel& self) { return reinterpret_cast<std::uintptr_t>(self.channel); })
       .def_prop_ro("proposal",
                    [](PyChannel& self) {
                      const void* data = nullptr;
@@ -388,4 +389,5 @@ NB_MODULE(_core, m) {
   m.def("kernel_instruction_set", &hvdb_kernel_instruction_set);
   m.def("mpi_library_version", &hvdb_mpi_library_version);
   m.def("mpi_built_with", &hvdb_mpi_built_with);
+  m.def("function_table", [] { return reinterpret_cast<std::uintptr_t>(hvdb_function_table()); });
 }
