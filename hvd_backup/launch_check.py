@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,8 @@ from hvd_backup.config import announced_processes, gloo_rank
 from hvd_backup.errors import UsageError
 
 __all__ = ["check", "mapped_mpi_libraries", "usable_mpi"]
+
+HEAD_START_S = 3.0  # for rank 0 to say what to do: horovodrun ends all processes when the first one fails
 
 
 def usable_mpi() -> ModuleType:
@@ -79,6 +82,7 @@ def check_launcher(size: int, announced: tuple[str, int] | None, of_gloo: int | 
     if size == 1 and announced is not None:
         variable, processes = announced
         if of_gloo is not None and of_gloo > 0:
+            time.sleep(HEAD_START_S)
             raise UsageError("started by horovodrun --gloo, that is without MPI: rank 0 says what to do")
         if of_gloo is not None:
             binding = " --binding-args='--bind-to none --map-by :OVERSUBSCRIBE'" if _is_open_mpi_5() else ""

@@ -257,7 +257,8 @@ def sparse(case: Case) -> None:
 def with_optimizer(kind: Any) -> Setup:
     def setup(case: Case) -> None:
         case.make = lambda parameters: kind(
-            [p for p in parameters if kind is not torch.optim.Muon or p.ndim == 2], lr=0.01
+            [p for p in parameters if kind is not torch.optim.Muon or p.ndim == 2],
+            lr=1.0 if kind is torch.optim.Adadelta else 0.01,
         )
 
     return setup

@@ -215,9 +215,12 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
       return true;
     }
     const TimeUs now = monotonic_us();
-    if (now >= deadline) return false;
     if (training_channels_ > 1) channel.member.announce_waiting();
-    mark_dirty(channel);
+    mark_dirty(channel);  // next() may have found something to ask for
+    if (now >= deadline) {
+      wake();
+      return false;
+    }
     if (driven_) {
       wake();
       channel.changed.wait_for(lock, std::chrono::microseconds(deadline - now));
