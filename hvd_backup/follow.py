@@ -1,9 +1,10 @@
 """`follow(loader, optimizer)`: ties a rank's position in its data to the global step.
 
 A rank that missed k updates skips their k batches, so all ranks end the epoch at the same step, and a batch number
-means the same everywhere. Loaders may be uneven, or of unknown length: a rank whose data has ended goes on applying the
-updates of the others until the round is over. Framework-neutral; knows a torch DataLoader only by its looks, to skip
-cheaply.
+means
+the same everywhere. Loaders may be uneven, or of unknown length: a rank whose data has ended goes on applying the
+    updates of the others until the round is over. Framework-neutral; knows a torch DataLoader only by its looks, to
+    skip cheaply.
 """
 
 from __future__ import annotations
@@ -109,17 +110,9 @@ class Round:
         length: number of steps, -1 when unknown.
         align_every: as in `follow`.
         first_batch: number of the batch that belongs to the round's first step.
-        amid_backward: that batch is being computed already.
     """
 
-    def __init__(
-        self,
-        trainings: list[Training],
-        length: int,
-        align_every: int,
-        first_batch: int = 0,
-        amid_backward: bool = False,
-    ) -> None:
+    def __init__(self, trainings: list[Training], length: int, align_every: int, first_batch: int = 0) -> None:
         self._begun: list[Training] = []
         self._first = trainings[0]
         self._known_length = length >= 0
@@ -127,9 +120,9 @@ class Round:
         try:
             for training in trainings:
                 if training is self._first:
-                    training.begin_round(length, align_every, amid_backward)
+                    training.begin_round(length, align_every)
                 else:
-                    training.begin_round(-1, 0, amid_backward)
+                    training.begin_round(-1, 0)
                 self._begun.append(training)
         except BaseException:
             self.abandon()

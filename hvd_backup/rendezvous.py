@@ -47,7 +47,7 @@ class Rendezvous:
             contribution=mine.buffer_info()[0],
             result=everybody.buffer_info()[0],
             keep=(mine, everybody),
-            wait_follows=True,
+            blocking=True,
         )
         contributors = handle.wait()
         if len(contributors) < self._size:

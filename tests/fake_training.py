@@ -157,12 +157,8 @@ class FakeFramework:
     def gradient_started(self) -> bool:
         return self.started
 
-    def load(self, metadata: bytes, filled: list[bool], settled: bool) -> None:
-        assert not settled
+    def load(self, metadata: bytes, filled: list[bool]) -> None:
         self.log.append("load" if all(filled) else ("load", filled))
-
-    def settle(self) -> None:
-        self.log.append("settle")
 
     def apply(self) -> None:
         self.log.append("apply")

@@ -80,10 +80,9 @@ def test_includes_are_written_from_csrc() -> None:
     [
         (r"mpi\.h", r"transport/mpi_\w+\.(h|cpp)"),
         (r"(nanobind/.*|Python\.h)", r"bindings/\w+\.(h|cpp)"),
-        (r"tensorflow/.*", r"bindings/tensorflow_ops\.cpp"),
-        (r"(torch|ATen|c10|cuda|nccl).*", r"(?!)"),
+        (r"(torch|ATen|c10|tensorflow|cuda|nccl).*", r"(?!)"),
     ],
-    ids=["mpi", "python", "tensorflow", "frameworks"],
+    ids=["mpi", "python", "frameworks"],
 )
 def test_each_foreign_library_has_one_home(header: str, where: str) -> None:
     homeless = [
