@@ -1,10 +1,9 @@
 """`follow(loader, optimizer)`: ties a rank's position in its data to the global step.
 
 A rank that missed k updates skips their k batches, so all ranks end the epoch at the same step, and a batch number
-means
-the same everywhere. Loaders may be uneven, or of unknown length: a rank whose data has ended goes on applying the
-    updates of the others until the round is over. Framework-neutral; knows a torch DataLoader only by its looks, to
-    skip cheaply.
+means the same everywhere. Loaders may be uneven, or of unknown length: a rank whose data has ended goes on applying the
+updates of the others until the round is over. Framework-neutral; knows a torch DataLoader only by its looks, to skip
+cheaply.
 """
 
 from __future__ import annotations
