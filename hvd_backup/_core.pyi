@@ -89,6 +89,10 @@ class Engine:
 
 class Channel:
     @property
+    def address(self) -> int:
+        """Of the hvdb_channel, for bindings in libraries of their own; valid as long as this object lives."""
+
+    @property
     def proposal(self) -> bytes: ...
     def set_layout(self, buckets: list[tuple[int, str]], scopes: list[int]) -> None:
         """buckets: (elements, dtype name) of each. scopes: for each bucket its scope, ascending from 0.
@@ -111,8 +115,21 @@ class Channel:
     def begin(self, samples: float, metadata: bytes) -> None:
         """Opens this rank's contribution to update `step`. metadata travels with the decision (hyperparameters)."""
 
-    def submit(self, bucket: int, contribution: int, result: int) -> None:
-        """Hands over a bucket by address. contribution: unchanged until wait() has returned; result: another buffer."""
+    def submit(self, bucket: int, contribution: int, result: int, wait_follows: bool = False) -> None:
+        """Hands over a bucket by address.
+
+        contribution: unchanged until wait() has returned; result: another buffer; wait_follows: this thread calls
+        wait() at once, so the engine thread need not be woken.
+        """
+
+    def hold(self) -> None:
+        """From now on result buffers may be changed between wait() and commit(), by all contributors alike.
+
+        Late ranks get what is there at commit(). Before the first begin(), on all ranks; not with several scopes.
+        """
+
+    def commit(self) -> None:
+        """After hold(): the update that wait() gave stays as it is now."""
 
     def set_results(self, results: list[int]) -> None:
         """Addresses into which missed updates are written when this rank has nothing submitted; one per bucket."""
@@ -201,3 +218,6 @@ def mpi_library_version() -> str:
 
 def mpi_built_with() -> str:
     """The version text of the MPI library that this module was built with, its first line."""
+
+def function_table() -> int:
+    """Address of the hvdb_functions of csrc/api/hvd_backup.h, for bindings in libraries of their own."""

@@ -121,13 +121,13 @@ class _Line:
     def _channel(self) -> _core.Channel:
         return self._open()
 
-    def start(self, handle: Handle, contribution: int, result: int) -> None:
+    def start(self, handle: Handle, contribution: int, result: int, wait_follows: bool) -> None:
         if self.failure:
             raise HvdBackupError(self.failure)
         self.running = handle
         with self._remembered_failure():
             self._channel.begin(1.0, b"")
-            self._channel.submit(0, contribution, result)
+            self._channel.submit(0, contribution, result, wait_follows)
 
     def poll(self) -> bool:
         return bool(self.failure) or self._channel.poll()
@@ -168,7 +168,7 @@ class Collectives:
         result: int,
         keep: object,
         finish: Callable[[tuple[int, ...]], Any] | None = None,
-        blocking: bool = False,
+        wait_follows: bool = False,
     ) -> Handle:
         """Starts a collective and returns at once (the first call of a signature asks the coordinator first).
 
@@ -179,8 +179,8 @@ class Collectives:
             result: address of as many elements in another buffer, where the mean or sum will be (of integers, the sum).
             keep: what owns both buffers.
             finish: called with the contributors, once, to make what `Handle.wait` returns.
-            blocking: this rank does nothing else until all have come, so that meanwhile nobody should wait for it in a
-                collective of the first n.
+            wait_follows: `Handle.wait` is called at once. In a collective of all ranks, this rank then does nothing
+                else until all have come, and meanwhile nobody waits for it in a collective of the first n.
 
         Raises:
             UsageError: n is not in 1..size; or an earlier call of the same name has not been waited for.
@@ -192,9 +192,9 @@ class Collectives:
             )
         line = self._line(signature, name)
         handle = Handle(line, keep, finish)
-        if blocking:
+        if wait_follows and signature.required == self._engine.size:
             self._engine.away()
-        line.start(handle, contribution, result)
+        line.start(handle, contribution, result, wait_follows)
         return handle
 
     def under_way(self) -> bool:

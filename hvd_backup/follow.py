@@ -109,9 +109,17 @@ class Round:
         length: number of steps, -1 when unknown.
         align_every: as in `follow`.
         first_batch: number of the batch that belongs to the round's first step.
+        amid_backward: that batch is being computed already.
     """
 
-    def __init__(self, trainings: list[Training], length: int, align_every: int, first_batch: int = 0) -> None:
+    def __init__(
+        self,
+        trainings: list[Training],
+        length: int,
+        align_every: int,
+        first_batch: int = 0,
+        amid_backward: bool = False,
+    ) -> None:
         self._begun: list[Training] = []
         self._first = trainings[0]
         self._known_length = length >= 0
@@ -119,9 +127,9 @@ class Round:
         try:
             for training in trainings:
                 if training is self._first:
-                    training.begin_round(length, align_every)
+                    training.begin_round(length, align_every, amid_backward)
                 else:
-                    training.begin_round(-1, 0)
+                    training.begin_round(-1, 0, amid_backward)
                 self._begun.append(training)
         except BaseException:
             self.abandon()

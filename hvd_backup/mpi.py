@@ -155,7 +155,7 @@ def first_n_allreduce(
         UsageError: a dtype, n or op that cannot be used, or a name under way.
         HvdBackupError: ranks differ in shape, dtype, n or op; or the engine has failed.
     """
-    outcome: FirstN = first_n_allreduce_async(tensor, n, name, op, backup_workers=backup_workers).wait()
+    outcome: FirstN = _start_first_n(tensor, n, name, op, backup_workers, wait_follows=True).wait()
     return outcome
 
 
@@ -168,9 +168,7 @@ def first_n_allreduce_async(
     backup_workers: int | None = None,
 ) -> Handle:
     """Starts `first_n_allreduce`; `synchronize` gives its outcome. Do not change the array before."""
-    here = context.current()
-    wanted = contributors_wanted(n, backup_workers, here.size, here.default_backup_workers)
-    return _start("first_n_allreduce", tensor, wanted, name, op, lambda result, ranks: FirstN(result, ranks))
+    return _start_first_n(tensor, n, name, op, backup_workers, wait_follows=False)
 
 
 def allreduce(tensor: ArrayLike, name: str | None = None, op: ReduceOp = Average) -> NDArray[Any]:
@@ -189,7 +187,7 @@ def allreduce(tensor: ArrayLike, name: str | None = None, op: ReduceOp = Average
         HvdBackupError: ranks differ in what they call, or a rank has left.
     """
     if op in (Average, Sum):
-        result: NDArray[Any] = _start_allreduce(tensor, name, op, blocking=True).wait()
+        result: NDArray[Any] = _start_allreduce(tensor, name, op, wait_follows=True).wait()
         return result
     array = as_buffer("allreduce", tensor, name)
     if not isinstance(op, ReduceOp) or not (array.dtype.kind in "iuf" or array.dtype.name == "bfloat16"):
@@ -201,7 +199,7 @@ def allreduce(tensor: ArrayLike, name: str | None = None, op: ReduceOp = Average
 
 def allreduce_async(tensor: ArrayLike, name: str | None = None, op: ReduceOp = Average) -> Handle:
     """Starts `allreduce` (Average or Sum); `synchronize` gives the array. Do not change `tensor` before."""
-    return _start_allreduce(tensor, name, op, blocking=False)
+    return _start_allreduce(tensor, name, op, wait_follows=False)
 
 
 def synchronize(handle: Handle) -> Any:
@@ -283,10 +281,20 @@ def join() -> int:
     return context.current().join()
 
 
-def _start_allreduce(tensor: ArrayLike, name: str | None, op: ReduceOp, blocking: bool) -> Handle:
+def _start_first_n(
+    tensor: ArrayLike, n: int | None, name: str | None, op: ReduceOp, backup_workers: int | None, wait_follows: bool
+) -> Handle:
+    here = context.current()
+    wanted = contributors_wanted(n, backup_workers, here.size, here.default_backup_workers)
+    return _start(
+        "first_n_allreduce", tensor, wanted, name, op, lambda result, ranks: FirstN(result, ranks), wait_follows
+    )
+
+
+def _start_allreduce(tensor: ArrayLike, name: str | None, op: ReduceOp, wait_follows: bool) -> Handle:
     here = context.current()
     here.before_full_collective("allreduce()")
-    return _start("allreduce", tensor, here.size, name, op, lambda result, ranks: result, blocking)
+    return _start("allreduce", tensor, here.size, name, op, lambda result, ranks: result, wait_follows)
 
 
 def _start(
@@ -296,7 +304,7 @@ def _start(
     name: str | None,
     op: ReduceOp,
     outcome: Callable[[NDArray[Any], tuple[int, ...]], Any],
-    blocking: bool = False,
+    wait_follows: bool,
 ) -> Handle:
     array = as_buffer(operation, tensor, name)
     result = np.empty(array.shape, array.dtype)
@@ -313,7 +321,7 @@ def _start(
         result=result.ctypes.data,
         keep=(array, result),
         finish=finish,
-        blocking=blocking,
+        wait_follows=wait_follows,
     )
 
 

@@ -47,7 +47,7 @@ class Rendezvous:
             contribution=mine.buffer_info()[0],
             result=everybody.buffer_info()[0],
             keep=(mine, everybody),
-            blocking=True,
+            wait_follows=True,
         )
         contributors = handle.wait()
         if len(contributors) < self._size:

@@ -64,7 +64,7 @@ class Training(UpdateStream):
         place.register(self)
 
     def gradient_begins(self) -> None:
-        """The first gradient of a step is there. Before the channel is open, a round may still be begun now."""
+        """The first gradient of a step is there. If it is the first of a round, a followed one may still begin now."""
         for observe in gradient_observers:
             observe(self)
 
@@ -80,12 +80,17 @@ class Training(UpdateStream):
         every = self._align_every
         return self._following and every > 0 and at > self.round_start and (at - self._earlier_steps) % every == 0
 
-    def begin_round(self, length: int, align_every: int) -> None:
+    def may_begin_round(self) -> bool:
+        """Whether the step that is computed can still become the first one of a followed round."""
+        return not (self._following or self._abandoned or self._plain_steps or self._framework.gradient_started())
+
+    def begin_round(self, length: int, align_every: int, amid_backward: bool = False) -> None:
         """Begins a followed round, and applies what this rank has missed.
 
         Args:
             length: steps, -1 when unknown.
             align_every: 0, or at how many steps' distance all ranks meet.
+            amid_backward: see `may_begin_round`; weights must not change now, so step() applies what was missed.
         """
         self.check_usable()
         if self._following:
@@ -102,7 +107,8 @@ class Training(UpdateStream):
         if self.channel is not None:
             try:
                 self._begin_awaited_round()
-                self.wait_outside_step()
+                if not amid_backward:
+                    self.wait_outside_step()
             except BaseException:
                 self.abandon_round()
                 raise

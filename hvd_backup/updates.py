@@ -37,12 +37,18 @@ class Framework(Protocol):
     def gradient_started(self) -> bool:
         """Between backward() and step(): a gradient has been computed, or an averaged one waits to be applied."""
 
-    def load(self, metadata: bytes, filled: list[bool]) -> None:
+    def load(self, metadata: bytes, filled: list[bool], settled: bool) -> None:
         """Makes the result buffers the gradients, and the hyperparameters in `metadata` (b > 0) those of the update.
 
-        filled: for each bucket, whether there is a result; without one (all its contributors have left) it counts as
-        zero. When that is so for the first bucket, `metadata` is empty.
+        Args:
+            metadata: what the first contributor has sent; empty when the first bucket is not filled.
+            filled: for each bucket, whether there is a result; without one (all its contributors have left) it counts
+                as zero.
+            settled: the contributors have made of the results what they apply (`UpdateStream.hold`).
         """
+
+    def settle(self) -> None:
+        """Makes the gradients, as the user may have changed them, the contents of the result buffers."""
 
     def apply(self) -> None:
         """Applies what was loaded to the weights."""
@@ -87,6 +93,7 @@ class UpdateStream:
         self._gradient_scopes = 1
         self._contributing = False
         self._own: Update | None = None
+        self._holds = False
         self._caught_up = 0
         self._torn = ""
 
@@ -154,6 +161,17 @@ class UpdateStream:
         assert self.channel is not None, "the channel is used before open()"
         return self.channel
 
+    def hold(self) -> None:
+        """To be called after open(): gradients may be changed between catch_up() and complete(), by all contributors
+        alike; late ranks get what was made of them."""
+        self.opened.hold()
+        self._holds = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether `hold` was called for the channel that is open."""
+        return self._holds
+
     # --- what the user gives and asks ---
 
     @property
@@ -205,6 +223,7 @@ class UpdateStream:
             return
         self._earlier_steps, self._earlier_counters = self.step, self.counters()
         self._reopened += 1
+        self._holds = False
         self.channel = None
 
     # --- a step ---
@@ -248,7 +267,7 @@ class UpdateStream:
             self._apply(update)
         self._contributing = False
         if self._own is not None:
-            self._load(self._own)
+            self._load(self._own, settled=False)
         elif update.kind == "over":
             self._dropped_after_end()
         return used
@@ -257,12 +276,15 @@ class UpdateStream:
         """Ends the step: applies what catch_up() has loaded. Without that, the gradient was dropped."""
         own, self._own = self._own, None
         if own is not None:
+            if self._holds:
+                self._framework.settle()
+                self.opened.commit()
             self._apply_loaded(own)
         self.step_calls += 1
         self.last_update = dataclasses.replace(self.last_update, caught_up=self._caught_up, dropped=own is None)
 
     def skip(self) -> None:
-        """Ends the step without applying what catch_up() has loaded."""
+        """Ends the step without applying what catch_up() has loaded; with b = 0 only, so there is nothing held."""
         self._own = None
         self.step_calls += 1
         self.last_update = dataclasses.replace(self.last_update, caught_up=self._caught_up, dropped=True)
@@ -293,13 +315,13 @@ class UpdateStream:
         return verdicts if self.policy.scope == "bucket" else verdicts * self._gradient_buckets
 
     def _apply(self, update: Update) -> None:
-        self._load(update)
+        self._load(update, settled=self._holds)
         self._apply_loaded(update)
         self._caught_up += 1
 
-    def _load(self, update: Update) -> None:
+    def _load(self, update: Update, settled: bool) -> None:
         self._torn = _torn(update)
-        self._framework.load(update.metadata, self._by_bucket(update, lambda ranks: len(ranks) > 0))
+        self._framework.load(update.metadata, self._by_bucket(update, lambda ranks: len(ranks) > 0), settled)
         self._torn = ""
 
     def _apply_loaded(self, update: Update) -> None:

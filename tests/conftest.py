@@ -40,3 +40,14 @@ def pytest_pyfunc_call(pyfuncitem: Any) -> bool | None:
     kwargs = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     run_ranks(pyfuncitem.callspec.params["size"], pyfuncitem.obj, kwargs=kwargs, **mark.kwargs)
     return True
+
+
+@pytest.fixture(scope="session")
+def tensorflow_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each case of keras_cases.py and tensorflow_cases.py has returned, by rank: one launch of four ranks."""
+    source = """
+    import sys
+    from tests import keras_cases
+    result = keras_cases.run_cases(sys.argv[1])
+    """  # a script, so that this process need not import TensorFlow
+    return run_ranks(4, source, args=(str(tmp_path_factory.mktemp("tensorflow")),), timeout_s=560)

@@ -157,8 +157,12 @@ class FakeFramework:
     def gradient_started(self) -> bool:
         return self.started
 
-    def load(self, metadata: bytes, filled: list[bool]) -> None:
+    def load(self, metadata: bytes, filled: list[bool], settled: bool) -> None:
+        assert not settled
         self.log.append("load" if all(filled) else ("load", filled))
+
+    def settle(self) -> None:
+        self.log.append("settle")
 
     def apply(self) -> None:
         self.log.append("apply")

@@ -44,7 +44,8 @@ def test_the_core_is_compiled_once_and_alike(tmp_path: Path) -> None:
     assert set(commands) | {"kernels/weighted_sum_isa.cpp"} == on_disk, "every source file is part of the build"
     assert all(len(entries) == 1 for entries in commands.values()), "each file is compiled once, for all bindings"
     for command in [*kernels, *(entry for entries in commands.values() for entry in entries)]:
-        for flag in ("-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", "-std=c++20"):
+        standard = "-std=c++17" if "tensorflow_ops" in command else "-std=c++20"  # as TensorFlow itself
+        for flag in ("-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", standard):
             assert f" {flag} " in command, f"{flag} is missing in: {command}"
         assert ("-mavx" in command) == ("HVD_BACKUP_ISA=avx" in command), "only the kernel's variants may use AVX"
     assert "MPI  " in (tmp_path / "summary.txt").read_text()
@@ -56,6 +57,13 @@ def test_simd_can_be_left_out(tmp_path: Path) -> None:
     (kernel,) = compile_commands(tmp_path)["kernels/weighted_sum_isa.cpp"]
     assert "HVD_BACKUP_ISA=baseline" in kernel
     assert "none beside the baseline" in done.stdout
+
+
+def test_tensorflow_can_be_left_out(tmp_path: Path) -> None:
+    done = configure(tmp_path, "-DHVD_BACKUP_TENSORFLOW=OFF")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [name for name in compile_commands(tmp_path) if "tensorflow" in name]
+    assert "TensorFlow ops none: HVD_BACKUP_TENSORFLOW=OFF" in done.stdout
 
 
 def test_without_mpicxx_configure_says_what_to_do(tmp_path: Path) -> None:

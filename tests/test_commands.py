@@ -33,11 +33,11 @@ def on_ranks(ranks: int, command: Sequence[str], **env: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("horovod", ["auto", "off"])
-def test_an_unchanged_script_trains_with_backup_workers(horovod: str) -> None:
-    """With Horovod, and without: then its horovod.torch is ours altogether."""
+@pytest.mark.parametrize(("horovod", "loaders"), [("auto", []), ("off", []), ("off", ["--new-loaders"])])
+def test_an_unchanged_script_trains_with_backup_workers(horovod: str, loaders: list[str]) -> None:
+    """With Horovod, and without: then its horovod.torch is ours altogether. Loaders may be made anew for each epoch."""
     env = {"HVD_BACKUP_DELAY": "rank=3,ms=40,p=0.6", "HVD_BACKUP_HOROVOD": horovod}
-    seen = reports(on_ranks(4, [*RUN, "--backup-workers", "1", SCRIPT, "--epochs", "3"], **env), 4)
+    seen = reports(on_ranks(4, [*RUN, "--backup-workers", "1", SCRIPT, "--epochs", "3", *loaders], **env), 4)
     for report in seen:
         assert report["weights"] == seen[0]["weights"]
         assert report["tested"] == [4, 4, 4]
@@ -92,6 +92,14 @@ def test_under_horovodrun() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = reports(done.stdout, 2)
     assert first["weights"] == second["weights"]
+
+
+@needs_open_mpi
+def test_keras_under_horovodrun() -> None:
+    example = str(Path(__file__).parents[1] / "examples" / "keras_digits.py")
+    done = horovodrun(sys.executable, example, "--epochs", "1", "--backup-workers", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "weights identical   yes" in done.stdout
 
 
 def test_horovodrun_with_gloo_is_told_what_works() -> None:

@@ -59,6 +59,20 @@ def test_pytorch_digits_learns_and_accounts_for_what_it_drops(tmp_path: Path) ->
     assert all(len(d["ranks"]) >= 3 for d in training)
 
 
+def test_keras_digits_learns_with_a_rank_that_is_late() -> None:
+    options = ("--epochs", "3", "--backup-workers", "1")
+    printed = run_example("keras_digits.py", 2, *options, env={"HVD_BACKUP_DELAY": "rank=1,ms=30,p=0.5"})
+    assert "weights identical   yes" in printed
+    assert re.search(r"updates +132\n", printed)  # 1437 images, 2 ranks, 16 each: 44 in an epoch
+    assert float(re.findall(r"val_accuracy: ([\d.]+)", printed)[-1]) > 0.85
+
+
+def test_tensorflow_tape_has_equal_weights() -> None:
+    printed = run_example("tensorflow_tape.py", 2, "--steps", "100", "--backup-workers", "1")
+    assert "weights identical   yes" in printed
+    assert float(re.findall(r"loss +([\d.]+)", printed)[0]) < 0.1
+
+
 def test_demo_compares_three_runs_and_draws_them(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "demo.png"
     done = run_demo("--delay-ms", "50", "--picture", str(picture))

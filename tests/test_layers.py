@@ -80,9 +80,10 @@ def test_includes_are_written_from_csrc() -> None:
     [
         (r"mpi\.h", r"transport/mpi_\w+\.(h|cpp)"),
         (r"(nanobind/.*|Python\.h)", r"bindings/\w+\.(h|cpp)"),
-        (r"(torch|ATen|c10|tensorflow|cuda|nccl).*", r"(?!)"),
+        (r"tensorflow/.*", r"bindings/tensorflow_ops\.cpp"),
+        (r"(torch|ATen|c10|cuda|nccl).*", r"(?!)"),
     ],
-    ids=["mpi", "python", "frameworks"],
+    ids=["mpi", "python", "tensorflow", "frameworks"],
 )
 def test_each_foreign_library_has_one_home(header: str, where: str) -> None:
     homeless = [

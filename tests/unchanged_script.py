@@ -11,6 +11,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--new-loaders", action="store_true", help="make the loaders anew for each epoch")
 args = parser.parse_args()
 
 hvd.init()
@@ -37,6 +38,9 @@ batches, tested, losses = [], [], []
 for epoch in range(args.epochs):
     model.train()
     sampler.set_epoch(epoch)
+    if args.new_loaders:
+        train_loader = DataLoader(train_data, batch_size=8, sampler=sampler)
+        test_loader = DataLoader(test_data, batch_size=16)
     batches.append(0)
     for data, target in train_loader:
         optimizer.zero_grad()

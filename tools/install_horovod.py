@@ -11,13 +11,14 @@ Its last release (2023) is a source package that no longer builds as it is. What
 - Run paths relative to the library, so that a wheel works in another virtual environment than that which built it, and
   finds the MPI of that one: two copies of an MPI library in a process do not know each other.
 
-TensorFlow support is built when TensorFlow is installed (pip install tensorflow-cpu), and not otherwise. Building takes
-two minutes on two cores, with TensorFlow 8 to 10. The wheel is kept in $XDG_CACHE_HOME/hvd_backup (otherwise
+TensorFlow support is built when asked for with --tensorflow, not otherwise. Building takes two minutes on two cores,
+with TensorFlow 8 to 10. The wheel is kept in $XDG_CACHE_HOME/hvd_backup (otherwise
 ~/.cache/hvd_backup), under a name made of all that it depends on, and is taken from there the next time. Needs make,
 g++, and the mpicxx of that MPI first on PATH.
 
     python tools/install_horovod.py            # installs; does nothing when the right one is installed
     python tools/install_horovod.py --rebuild  # builds it anew
+    python tools/install_horovod.py --tensorflow  # with horovod.tensorflow and horovod.keras
 """
 
 from __future__ import annotations
@@ -60,8 +61,10 @@ def main() -> int:
     """Installs; the status is 0 when it is there."""
     parser = argparse.ArgumentParser(description="Installs Horovod beside the frameworks and the MPI of this Python.")
     parser.add_argument("--rebuild", action="store_true", help="build it anew, also when there is a wheel")
-    rebuild = parser.parse_args().rebuild
-    facts = environment()
+    parser.add_argument("--tensorflow", action="store_true", help="build it for the installed TensorFlow, too")
+    arguments = parser.parse_args()
+    rebuild = arguments.rebuild
+    facts = environment(with_tensorflow=arguments.tensorflow)
     told = "\n".join(f"{name}: {value}" for name, value in facts.items())
     if not rebuild and MARK.exists() and MARK.read_text() == told:
         return 0
@@ -81,7 +84,7 @@ def main() -> int:
     return 0
 
 
-def environment() -> dict[str, str]:
+def environment(with_tensorflow: bool) -> dict[str, str]:
     """All that a wheel depends on."""
     mpicxx = shutil.which("mpicxx")
     mpirun = shutil.which("mpirun")
@@ -91,13 +94,16 @@ def environment() -> dict[str, str]:
     version = [
         line.strip() for line in (answer.stdout + answer.stderr).splitlines() if "ersion" in line or "MPI" in line
     ]
-    if not installed("torch") and not installed("tensorflow"):
-        sys.exit("install_horovod: neither PyTorch nor TensorFlow is installed for this Python")
+    tensorflow = (installed("tensorflow") or installed("tensorflow-cpu")) if with_tensorflow else ""
+    if with_tensorflow and not tensorflow:
+        sys.exit("install_horovod: --tensorflow, but TensorFlow is not installed for this Python")
+    if not installed("torch") and not tensorflow:
+        sys.exit("install_horovod: PyTorch is not installed for this Python")
     return {
         "python": sysconfig.get_config_var("SOABI") or sys.version,
         "machine": platform.machine(),
         "torch": installed("torch") or "none",
-        "tensorflow": installed("tensorflow") or installed("tensorflow-cpu") or "none",
+        "tensorflow": tensorflow or "none",
         "mpi": version[0] if version else mpirun,
         "mpi_prefix": "the environment's own" if is_own(mpicxx) else str(Path(mpicxx).resolve().parent),
         "recipe": hashlib.sha256(repr((REPLACEMENTS, RUN_PATHS)).encode()).hexdigest()[:16],

@@ -102,7 +102,9 @@ hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_fi
   });
 }
 
-void hvdb_engine_destroy(hvdb_engine* engine) { delete engine; }
+void hvdb_engine_destroy(hvdb_engine* engine) {
+  if (engine && !engine->engine->in_forked_child()) delete engine;
+}
 
 int hvdb_rank(const hvdb_engine* engine) { return engine->engine->rank(); }
 int hvdb_size(const hvdb_engine* engine) { return engine->engine->size(); }
@@ -241,9 +243,9 @@ hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metada
   });
 }
 
-hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result) {
+hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result, int wait_follows) {
   return guarded([&] {
-    channel->engine->submit(*channel->channel, bucket, contribution, result);
+    channel->engine->submit(*channel->channel, bucket, contribution, result, wait_follows != 0);
     return HVDB_OK;
   });
 }
@@ -254,6 +256,20 @@ hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** u
     auto taken = std::make_unique<hvdb_update>();
     if (!channel->engine->wait(*channel->channel, timeout_us, &taken->update)) return HVDB_TIMEOUT;
     *update = taken.release();
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_hold(hvdb_channel* channel) {
+  return guarded([&] {
+    channel->engine->hold(*channel->channel);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_commit(hvdb_channel* channel) {
+  return guarded([&] {
+    channel->engine->commit(*channel->channel);
     return HVDB_OK;
   });
 }
@@ -357,3 +373,21 @@ const char* hvdb_mpi_library_version(void) {
 }
 
 const char* hvdb_mpi_built_with(void) { return HVD_BACKUP_BUILT_WITH_MPI; }
+
+const hvdb_functions* hvdb_function_table(void) {
+  static const hvdb_functions table = {HVDB_FUNCTIONS_ABI,
+                                       hvdb_last_error,
+                                       hvdb_begin,
+                                       hvdb_submit,
+                                       hvdb_wait,
+                                       hvdb_update_get_kind,
+                                       hvdb_update_step,
+                                       hvdb_update_contributed,
+                                       hvdb_update_samples,
+                                       hvdb_update_required,
+                                       hvdb_update_scopes,
+                                       hvdb_update_contributors,
+                                       hvdb_update_metadata,
+                                       hvdb_update_destroy};
+  return &table;
+}

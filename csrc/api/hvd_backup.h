@@ -59,7 +59,7 @@ typedef struct {
  * with MPI_THREAD_MULTIPLE; shut the engine down before MPI_Finalize. files: NULL: none. */
 hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const hvdb_files* files, hvdb_engine** engine);
 hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_files* files, hvdb_engine** engine);
-/* Ends the thread at once if it runs. The channels of the engine die with it. */
+/* Ends the thread at once if it runs. The channels of the engine die with it. In a forked child: does nothing. */
 void hvdb_engine_destroy(hvdb_engine* engine);
 int hvdb_rank(const hvdb_engine* engine);
 int hvdb_size(const hvdb_engine* engine);
@@ -119,9 +119,15 @@ hvdb_status hvdb_set_results(hvdb_channel* channel, int buckets, void* const* re
 hvdb_status hvdb_measure(hvdb_channel* channel, int buckets);
 
 hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metadata, size_t metadata_size);
-hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result);
+/* wait_follows: this thread calls hvdb_wait at once, so that nobody else need be told. */
+hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result, int wait_follows);
 /* update may be NULL: then HVDB_OK says that there is one to take. */
 hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** update);
+/* After hvdb_hold, updates that this rank has contributed to may be changed in the result buffers, in the same way by
+ * all contributors, until hvdb_commit; late ranks get what is there then. Before the first begin, on all ranks alike;
+ * not with more than one scope. */
+hvdb_status hvdb_hold(hvdb_channel* channel);
+hvdb_status hvdb_commit(hvdb_channel* channel);
 hvdb_status hvdb_begin_round(hvdb_channel* channel, int64_t length, int64_t align_every);
 hvdb_status hvdb_away(hvdb_channel* channel);
 hvdb_status hvdb_leave(hvdb_channel* channel);
@@ -162,6 +168,29 @@ hvdb_status hvdb_forecast(const double* us, uint64_t steps, int ranks, int requi
 const char* hvdb_kernel_instruction_set(void);
 const char* hvdb_mpi_library_version(void);
 const char* hvdb_mpi_built_with(void);
+
+/* --- for bindings in libraries of their own --- */
+
+/* What a step needs, by pointer: a library that is loaded beside the one with the core (TensorFlow's ops) gets this
+ * table from it and so links no second core. abi: HVDB_FUNCTIONS_ABI of the core; it changes with this struct. */
+#define HVDB_FUNCTIONS_ABI 1
+typedef struct {
+  int abi;
+  const char* (*last_error)(void);
+  hvdb_status (*begin)(hvdb_channel*, double, const void*, size_t);
+  hvdb_status (*submit)(hvdb_channel*, int, const void*, void*, int);
+  hvdb_status (*wait)(hvdb_channel*, int64_t, hvdb_update**);
+  hvdb_update_kind (*update_get_kind)(const hvdb_update*);
+  int64_t (*update_step)(const hvdb_update*);
+  int (*update_contributed)(const hvdb_update*);
+  double (*update_samples)(const hvdb_update*);
+  int (*update_required)(const hvdb_update*);
+  int (*update_scopes)(const hvdb_update*);
+  const int32_t* (*update_contributors)(const hvdb_update*, int, int*);
+  const void* (*update_metadata)(const hvdb_update*, size_t*);
+  void (*update_destroy)(hvdb_update*);
+} hvdb_functions;
+const hvdb_functions* hvdb_function_table(void);
 
 #ifdef __cplusplus
 }

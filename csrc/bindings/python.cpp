@@ -317,6 +317,7 @@ NB_MODULE(_core, m) {
       .def("shutdown", &shut_down, nb::arg("failure") = "");
 
   nb::class_<PyChannel>(m, "Channel")
+      .def_prop_ro("address", [](const PyChannel& self) { return reinterpret_cast<std::uintptr_t>(self.channel); })
       .def_prop_ro("proposal",
                    [](PyChannel& self) {
                      const void* data = nullptr;
@@ -344,11 +345,14 @@ NB_MODULE(_core, m) {
           nb::arg("samples"), nb::arg("metadata"))
       .def(
           "submit",
-          [](PyChannel& self, int bucket, std::uintptr_t contribution, std::uintptr_t result) {
-            check(hvdb_submit(self.channel, bucket, pointer<const void>(contribution), pointer<void>(result)));
+          [](PyChannel& self, int bucket, std::uintptr_t contribution, std::uintptr_t result, bool wait_follows) {
+            check(hvdb_submit(self.channel, bucket, pointer<const void>(contribution), pointer<void>(result),
+                              wait_follows ? 1 : 0));
           },
-          nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"))
+          nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"), nb::arg("wait_follows") = false)
       .def("wait", &wait)
+      .def("hold", [](PyChannel& self) { check(hvdb_hold(self.channel)); })
+      .def("commit", [](PyChannel& self) { check(hvdb_commit(self.channel)); })
       .def("poll", &poll)
       .def(
           "begin_round",
@@ -385,4 +389,5 @@ NB_MODULE(_core, m) {
   m.def("kernel_instruction_set", &hvdb_kernel_instruction_set);
   m.def("mpi_library_version", &hvdb_mpi_library_version);
   m.def("mpi_built_with", &hvdb_mpi_built_with);
+  m.def("function_table", [] { return reinterpret_cast<std::uintptr_t>(hvdb_function_table()); });
 }

@@ -263,8 +263,15 @@ void Member::receive(const Over& message) {
 
 void Member::reduced(Step step, int scope_index, int attempt, const Squares& squares) {
   if (!contributing(step, scope_index, attempt)) return;
-  scope(scope_index).phase = Phase::done;
-  messages_.push_back(Done{id_, step, scope_index, attempt, squares});
+  Scope& own = scope(scope_index);
+  own.phase = Phase::done;
+  if (holds_) held_.push_back(own.decision);
+  (holds_ ? held_messages_ : messages_).push_back(Done{id_, step, scope_index, attempt, squares});
+}
+
+std::vector<Decision> Member::commit() {
+  for (Message& done : std::exchange(held_messages_, {})) messages_.push_back(std::move(done));
+  return std::exchange(held_, {});
 }
 
 }  // namespace hvd_backup

@@ -56,6 +56,11 @@ class Member {
   void away();
   void leave();
   void announce_waiting();  // the training thread waits for a decision
+  // From now on the training thread may change an update that it has taken before it applies it: what this rank has
+  // reduced is done only when it calls commit().
+  void hold() { holds_ = true; }
+  bool holds() const { return holds_; }
+  std::vector<Decision> commit();  // what was held
   // Takes back what has arrived and will never be complete; also what is complete and not decided, if so wanted.
   void withdraw(bool also_complete);
   bool contributing_to_any() const;
@@ -127,6 +132,9 @@ class Member {
   std::vector<Message> messages_;
   std::vector<Decision> reductions_;
   std::optional<CatchUp> catch_up_;
+  bool holds_ = false;
+  std::vector<Decision> held_;
+  std::vector<Message> held_messages_;
 };
 
 }  // namespace hvd_backup

@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #ifdef __linux__
 #include <sys/prctl.h>
@@ -20,6 +21,9 @@ namespace {
 // A keeper that has not answered a fetch after this multiple of what the last fetch took is not waited for.
 constexpr TimeUs patience_factor = 8;
 constexpr TimeUs least_patience_us = 20'000;  // scheduling noise on a crowded machine
+
+// The engine thread looks again after this time whether a training thread still takes the turns.
+constexpr TimeUs short_drive_us = 500;
 
 template <class Body>
 concept NamesChannelById = requires(Body body) { body.channel; };
@@ -48,6 +52,20 @@ class Raised {
   int& counter_;
 };
 
+// While it lives, this thread sleeps as short as it asks for: by default Linux adds 50 us, as much as the shortest nap.
+class PreciseNaps {
+ public:
+#ifdef __linux__
+  PreciseNaps() : slack_ns_(prctl(PR_GET_TIMERSLACK)) { prctl(PR_SET_TIMERSLACK, 1000UL); }
+  ~PreciseNaps() {
+    if (slack_ns_ > 0) prctl(PR_SET_TIMERSLACK, static_cast<unsigned long>(slack_ns_));
+  }
+
+ private:
+  const int slack_ns_;
+#endif
+};
+
 double unix_s() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
 void report(int rank, const std::string& text) {
@@ -58,6 +76,7 @@ void report(int rank, const std::string& text) {
 
 Engine::Engine(std::unique_ptr<Transport> transport, const EngineFiles& files)
     : transport_(std::move(transport)),
+      process_(getpid()),
       rank_(transport_->rank()),
       size_(transport_->size()),
       tag_limit_(static_cast<std::int32_t>((static_cast<std::int64_t>(transport_->max_tag()) + 1) / 2)),
@@ -72,6 +91,8 @@ Engine::Engine(std::unique_ptr<Transport> transport, const EngineFiles& files)
 Engine::~Engine() { stop(); }
 
 // --- the training thread's side ----------------------------------------------------------------------------------
+
+bool Engine::in_forked_child() const { return getpid() != process_; }
 
 void Engine::check_usable(const Channel* channel) const {
   if (!failure_.empty()) throw RuntimeFailure(failure_);
@@ -91,12 +112,11 @@ void Engine::say(Message message) {
     for (Message& earlier : channel->member.take_messages()) outgoing_.push_back(std::move(earlier));
   }
   outgoing_.push_back(std::move(message));
-  wake();
 }
 
 void Engine::wake() {
   woken_ = true;
-  wake_up_.notify_one();
+  (driven_ ? wake_driver_ : wake_engine_).notify_one();
 }
 
 Channel& Engine::open(const ChannelSpec& spec) {
@@ -112,6 +132,7 @@ Channel& Engine::open(const ChannelSpec& spec) {
   }
   channels_.push_back(std::make_unique<Channel>(spec.name, rank_, spec.kind, spec.arrive_first, spec.average));
   training_channels_ += spec.kind == ChannelKind::training ? 1 : 0;
+  first_n_collectives_ += spec.kind == ChannelKind::collective && spec.options.required < size_ ? 1 : 0;
   outgoing_.push_back(Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all});
   wake();
   return *channels_.back();
@@ -170,7 +191,7 @@ void Engine::begin(Channel& channel, double samples, std::string metadata) {
   for (Bucket& bucket : channel.buckets) bucket.submitted = false;
 }
 
-void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result) {
+void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result, bool wait_follows) {
   const std::scoped_lock lock(mutex_);
   check_usable(&channel);
   channel.member.submit(bucket);
@@ -179,13 +200,13 @@ void Engine::submit(Channel& channel, int bucket, const void* contribution, void
   own.result = result;
   own.submitted = true;
   mark_dirty(channel);
-  wake();
+  if (!wait_follows || driven_) wake();
 }
 
 bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
   std::unique_lock lock(mutex_);
   const Raised waiting(waiting_);
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(timeout_us);
+  const TimeUs deadline = monotonic_us() + timeout_us;
   while (true) {
     // What is decided is completed and handed out, though the channel has failed since: others have it already.
     check_usable(channel.member.decided() ? nullptr : &channel);
@@ -193,11 +214,34 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
       if (update) *update = channel.member.take();
       return true;
     }
+    const TimeUs now = monotonic_us();
     if (training_channels_ > 1) channel.member.announce_waiting();
-    mark_dirty(channel);
-    wake();
-    if (channel.changed.wait_until(lock, deadline) == std::cv_status::timeout) return false;
+    mark_dirty(channel);  // next() may have found something to ask for
+    if (now >= deadline) {
+      wake();
+      return false;
+    }
+    if (driven_) {
+      wake();
+      channel.changed.wait_for(lock, std::chrono::microseconds(deadline - now));
+    } else {
+      drive(lock, channel, deadline);
+    }
   }
+}
+
+void Engine::hold(Channel& channel) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  channel.member.hold();
+}
+
+void Engine::commit(Channel& channel) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(nullptr);
+  for (const Decision& decision : channel.member.commit()) keep_for_late_ranks(channel, decision);
+  mark_dirty(channel);
+  wake();
 }
 
 void Engine::begin_round(Channel& channel, std::int64_t length, std::int64_t align_every) {
@@ -232,6 +276,7 @@ Engine::View Engine::view(Channel& channel) {
 }
 
 bool Engine::close(Channel& channel, TimeUs timeout_us) {
+  if (in_forked_child()) return true;
   std::unique_lock lock(mutex_);
   if (ended_ || !failure_.empty()) return true;
   withdraw(channel, true);
@@ -245,7 +290,7 @@ bool Engine::close(Channel& channel, TimeUs timeout_us) {
 void Engine::pause() {
   const std::scoped_lock lock(mutex_);
   check_usable(nullptr);
-  say(Pause{});
+  if (first_n_collectives_ > 0) say(Pause{});
 }
 
 void Engine::join() {
@@ -253,6 +298,7 @@ void Engine::join() {
   check_usable(nullptr);
   joined_.reset();
   say(Join{});
+  wake();
 }
 
 bool Engine::joined(TimeUs timeout_us, int* last_rank) {
@@ -271,17 +317,13 @@ void Engine::leave_for_good(const std::string& failure) {
   leaving_ = true;
   for (auto& channel : channels_) withdraw(*channel, false);
   say(Exit{failure});
+  wake();
 }
 
 // Gives up what this rank has begun to contribute and will not complete; the others go on without it.
 void Engine::withdraw(Channel& channel, bool also_complete) {
   channel.member.withdraw(also_complete);
-  for (auto& [scope, reduction] : channel.reductions) {
-    if (reduction.left > 0 &&
-        !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) {
-      retire(channel, reduction);
-    }
-  }
+  retire_given_up(channel);
   mark_dirty(channel);
 }
 
@@ -299,49 +341,42 @@ void Engine::stop() {
   stop_ = true;
   {
     const std::scoped_lock lock(mutex_);
-    wake();
+    wake_engine_.notify_all();
+    wake_driver_.notify_all();
   }
   if (thread_.joinable()) thread_.join();
+  const std::scoped_lock turn(turn_mutex_);  // a thread that drives has stopped, too
   transport_.reset();
 }
 
 // --- the engine thread's side ------------------------------------------------------------------------------------
 
 void Engine::run() {
-#ifdef __linux__
-  prctl(PR_SET_TIMERSLACK, 1000UL);  // nanoseconds; the default, 50 us, would double the shortest nap
-#endif
-  TimeUs idle_since = monotonic_us();
+  const PreciseNaps precise;
+  Pace pace{monotonic_us()};
   TimeUs lingering_since = -1;
-  try {
-    while (!stop_) {
-      const bool worked = turn();
-      const TimeUs now = monotonic_us();
-      if (worked) idle_since = now;
-      std::unique_lock lock(mutex_);
-      if (all_gone_) {
-        // The last messages have to go out; what a lost peer never took is given up after a second.
-        if (lingering_since < 0) lingering_since = now;
-        if (transport_->pending() == 0 || now - lingering_since > 1'000'000) break;
+  while (!stop_) {
+    std::unique_lock lock(mutex_);
+    if (driven_) {
+      // A short drive ends without a word: to wake this thread every time would cost as much as it saves.
+      if (!wake_engine_.wait_for(lock, std::chrono::microseconds(short_drive_us),
+                                 [this] { return !driven_ || stop_; })) {
+        asleep_ = true;
+        wake_engine_.wait(lock, [this] { return !driven_ || stop_; });
+        asleep_ = false;
       }
-      if (woken_ || worked) {
-        woken_ = false;
-        continue;
-      }
-      TimeUs nap = nap_us(now - idle_since, expecting());
-      if (coordinator_) {
-        if (const auto deadline = coordinator_->next_deadline())
-          nap = std::min(nap, std::max<TimeUs>(*deadline - now, 0));
-      }
-      if (nap == 0) {
-        lock.unlock();
-        sched_yield();
-      } else {
-        wake_up_.wait_for(lock, std::chrono::microseconds(nap), [this] { return woken_; });
-      }
+      pace.idle_since = std::max(pace.idle_since, driven_until_);
+      continue;
     }
-  } catch (const std::exception& error) {
-    fail("the engine of rank " + std::to_string(rank_) + " has failed: " + error.what());
+    lock.unlock();
+    take_turn(pace);
+    lock.lock();
+    if (all_gone_) {
+      // The last messages have to go out; what a lost peer never took is given up after a second.
+      if (lingering_since < 0) lingering_since = pace.now;
+      if (pace.pending == 0 || pace.now - lingering_since > 1'000'000) break;
+    }
+    if (!driven_) rest(lock, wake_engine_, pace);
   }
   const std::scoped_lock lock(mutex_);
   ended_ = true;
@@ -349,10 +384,60 @@ void Engine::run() {
   for (auto& channel : channels_) channel->changed.notify_all();
 }
 
-// With the mutex held, on the engine thread.
-Expecting Engine::expecting() const {
-  if (transport_->pending() > 0) return Expecting::transfer;
-  return waiting_ > 0 || (coordinator_ && coordinator_->anybody_waits()) ? Expecting::message : Expecting::nothing;
+// In the thread that waits for `channel`, with the mutex held: takes the turns until something may have come, or until
+// the deadline.
+void Engine::drive(std::unique_lock<std::mutex>& lock, Channel& channel, TimeUs deadline) {
+  const PreciseNaps precise;
+  Pace pace{monotonic_us()};
+  driven_ = true;
+  while (true) {
+    lock.unlock();
+    take_turn(pace);
+    lock.lock();
+    if (channel.member.next() || !channel.failure.empty() || !failure_.empty() || stop_ || pace.now >= deadline) break;
+    if (pace.worked) mark_dirty(channel);  // next() may have found something to ask for
+    rest(lock, wake_driver_, pace);
+  }
+  driven_ = false;
+  driven_until_ = pace.now;
+  const bool others_wait = waiting_ > 1 || (coordinator_ && coordinator_->anybody_waits());
+  if (asleep_ || pace.pending > 0 || others_wait) wake();
+}
+
+// One turn of the loop, once whoever has the turn has ended it.
+void Engine::take_turn(Pace& pace) {
+  const std::scoped_lock turning(turn_mutex_);
+  if (stop_) return;
+  try {
+    pace.worked = turn();
+    pace.pending = transport_->pending();
+  } catch (const std::exception& error) {
+    fail("the engine of rank " + std::to_string(rank_) + " has failed: " + error.what());
+    stop_ = true;
+  }
+  pace.now = monotonic_us();
+  if (pace.worked) pace.idle_since = pace.now;
+}
+
+// Between two turns, with the mutex held.
+void Engine::rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace) {
+  if (std::exchange(woken_, false) || pace.worked || stop_) return;
+  const bool somebody_waits = waiting_ > 0 || (coordinator_ && coordinator_->anybody_waits());
+  const Expecting expecting = pace.pending > 0 ? Expecting::transfer
+                              : somebody_waits ? Expecting::message
+                                               : Expecting::nothing;
+  TimeUs nap = nap_us(pace.now - pace.idle_since, expecting);
+  if (coordinator_) {
+    if (const auto deadline = coordinator_->next_deadline())
+      nap = std::min(nap, std::max<TimeUs>(*deadline - pace.now, 0));
+  }
+  if (nap == 0) {
+    lock.unlock();
+    sched_yield();
+    lock.lock();
+  } else {
+    called.wait_for(lock, std::chrono::microseconds(nap), [this] { return woken_ || stop_; });
+  }
 }
 
 // One round: completes transfers, takes messages, does what has become possible. True when there was anything.
@@ -430,6 +515,7 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
         } else if constexpr (NamesChannelById<Body>) {
           Channel& channel = by_id(body_of.channel);
           if constexpr (requires { channel.member.receive(body_of); }) channel.member.receive(body_of);
+          if constexpr (std::is_same_v<Body, Late>) retire_given_up(channel);
           channel.journal.forget_before(channel.member.all_have());
           mark_dirty(channel);
           channel.changed.notify_all();
@@ -558,7 +644,7 @@ void Engine::bucket_reduced(Channel& channel, const Decision& decision, const Sq
     complete = --reduction.left == 0;
   }
   // Before anybody hears of it: the training thread may change the result once it has it.
-  if (complete && static_cast<int>(decision.contributors.size()) < size_) keep_in_journal(channel, decision);
+  if (complete && !channel.member.holds()) keep_for_late_ranks(channel, decision);
   const std::scoped_lock lock(mutex_);
   if (complete) {
     const Squares& squares = channel.reductions[decision.scope].squares;
@@ -566,6 +652,16 @@ void Engine::bucket_reduced(Channel& channel, const Decision& decision, const Sq
   }
   mark_dirty(channel);
   channel.changed.notify_all();
+}
+
+// Of what this rank does not contribute to any more.
+void Engine::retire_given_up(Channel& channel) {
+  for (auto& [scope, reduction] : channel.reductions) {
+    if (reduction.left > 0 &&
+        !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) {
+      retire(channel, reduction);
+    }
+  }
 }
 
 // This attempt is given up: a contributor has withdrawn. Its collectives will not end; the next attempt writes the
@@ -588,7 +684,8 @@ bool Engine::clear_retired(Reduction& reduction) {
   return reduction.retired_tags.empty();
 }
 
-void Engine::keep_in_journal(Channel& channel, const Decision& decision) {
+void Engine::keep_for_late_ranks(Channel& channel, const Decision& decision) {
+  if (static_cast<int>(decision.contributors.size()) == size_) return;
   const int k = static_cast<int>(decision.contributors.size());
   const auto self = std::find(decision.contributors.begin(), decision.contributors.end(), rank_);
   const int own = static_cast<int>(self - decision.contributors.begin());

@@ -1,12 +1,15 @@
-// One thread that owns all communication of this process, and the calls by which the training thread hands over
+// One loop that owns all communication of this process, and the calls by which the training thread hands over
 // buffers and waits. The rules live in control/ (Member on every rank, Coordinator on rank 0); the engine carries
 // their messages, runs the collectives that they ask for, keeps the journal, and reads the clock.
 //
 // Threads: every public function may be called from any thread but the engine's. `mutex_` guards the channels, the
-// members and the coordinator; the transport belongs to the engine thread and is used without the mutex. Buffers: the
+// members and the coordinator. A turn of the loop is taken with `turn_mutex_` (first of the two), without which nobody
+// touches the transport. The engine thread takes the turns while the training thread computes. A training thread that
+// waits takes them itself: what it waits for then does not have to pass through another thread, which is half the time
+// of a small allreduce where ranks share cores. "On the engine thread" means: by whoever has the turn. Buffers: the
 // caller's. A contribution stays unchanged, and both stay alive, from submit() until wait() has returned the outcome
-// of that step, or close() or shutdown() has returned. Errors: the engine thread never throws. It stores the failure,
-// and the next call of the training thread raises it.
+// of that step, or close() or shutdown() has returned. Errors: a turn never throws. It stores the failure, and the next
+// call of the training thread raises it.
 #pragma once
 
 #include <atomic>
@@ -55,6 +58,8 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
+  // Then nothing here can be used or destroyed: there are none of our threads, and what they hold is held for ever.
+  bool in_forked_child() const;
   int rank() const { return rank_; }
   int size() const { return size_; }
 
@@ -67,9 +72,14 @@ class Engine {
   void measure(Channel& channel, int buckets);
 
   void begin(Channel& channel, double samples, std::string metadata);
-  void submit(Channel& channel, int bucket, const void* contribution, void* result);
+  // wait_follows: the engine thread need not be woken, because this thread calls wait() at once.
+  void submit(Channel& channel, int bucket, const void* contribution, void* result, bool wait_follows);
   // True and the update when there is one within the timeout.
   bool wait(Channel& channel, TimeUs timeout_us, Update* update);
+  // After hold(), updates that this rank contributes to may be changed in the result buffers, the same on all
+  // contributors, until commit(); late ranks fetch what is there then. Before the first begin(); one scope.
+  void hold(Channel& channel);
+  void commit(Channel& channel);
   void begin_round(Channel& channel, std::int64_t length, std::int64_t align_every);
   void away(Channel& channel);
   void leave(Channel& channel);
@@ -87,7 +97,7 @@ class Engine {
   // The buffers of this channel will not be touched any more once this has returned true.
   bool close(Channel& channel, TimeUs timeout_us);
 
-  void pause();  // before a full collective
+  void pause();  // before a full collective, which this thread then waits for
   void join();   // then joined() until it gives the last rank
   bool joined(TimeUs timeout_us, int* last_rank);
 
@@ -118,9 +128,19 @@ class Engine {
     bool empty() const { return messages.empty() && starts.empty() && fetches.empty(); }
   };
 
+  // What the last turn has left: how long it is since there was something to do, and transfers that are on their way.
+  struct Pace {
+    TimeUs idle_since = 0;
+    TimeUs now = 0;
+    bool worked = false;
+    std::size_t pending = 0;
+  };
+
   void run();
-  Expecting expecting() const;
+  void drive(std::unique_lock<std::mutex>& lock, Channel& channel, TimeUs deadline);
+  void take_turn(Pace& pace);
   bool turn();
+  void rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace);
   void withdraw(Channel& channel, bool also_complete);
   void receive(int from, const Message& message, TimeUs now);
   void serve(int from, const Pull& pull);
@@ -131,8 +151,9 @@ class Engine {
   void start_reduction(const Start& start);
   void bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms);
   void retire(Channel& channel, Reduction& reduction);
+  void retire_given_up(Channel& channel);
   bool clear_retired(Reduction& reduction);
-  void keep_in_journal(Channel& channel, const Decision& decision);
+  void keep_for_late_ranks(Channel& channel, const Decision& decision);
   void start_fetch(Channel& channel, const CatchUp& missed, TimeUs now);
   void tick_fetches(TimeUs now);
   void take_records();
@@ -145,6 +166,7 @@ class Engine {
 
   StagingPool staging_;  // outlives the transport, whose transfers may use its memory
   std::unique_ptr<Transport> transport_;
+  const int process_;  // its number
   const int rank_;
   const int size_;
   const std::int32_t tag_limit_;  // decisions use the tags below it, fetches those from it to twice as many
@@ -162,7 +184,8 @@ class Engine {
   std::unique_ptr<Coordinator> coordinator_;  // rank 0 only
   std::vector<std::unique_ptr<Channel>> channels_;
   int training_channels_ = 0;
-  int waiting_ = 0;  // training threads in wait()
+  int first_n_collectives_ = 0;  // channels
+  int waiting_ = 0;              // training threads in wait()
   std::vector<Channel*> dirty_;
   std::vector<Message> outgoing_;  // of the rank itself, to the coordinator
   std::string failure_;
@@ -170,9 +193,14 @@ class Engine {
   bool all_gone_ = false;
   std::optional<int> joined_;
   bool ended_ = false;
-  std::condition_variable changed_;  // joined_, ended_
-  std::condition_variable wake_up_;  // of the engine thread
+  std::condition_variable changed_;      // joined_, ended_
+  std::condition_variable wake_engine_;  // of the engine thread
+  std::condition_variable wake_driver_;  // of the thread that drives
   bool woken_ = false;
+  bool driven_ = false;      // a training thread takes the turns
+  bool asleep_ = false;      // the engine thread will not look again by itself
+  TimeUs driven_until_ = 0;  // when the last one ceased to
+  std::mutex turn_mutex_;
   std::atomic<bool> stop_{false};
   std::thread thread_;
 };

@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,21 @@ def software() -> list[tuple[str, str]]:
         ("mpi4py", ("mpi4py",)),
     ):
         facts.append((name, next((version for each in distributions if (version := installed(each))), "not installed")))
-    return [*facts, ("Horovod", horovod()), *gpu_facts()]
+    return [*facts, ("TF ops", tensorflow_ops()), ("Horovod", horovod()), *gpu_facts()]
+
+
+def tensorflow_ops() -> str:
+    """For which TensorFlow hvd_backup's ops were built."""
+    try:
+        from hvd_backup import _core
+    except ImportError:
+        return "unknown"
+    built = sorted(path.stem.removeprefix("ops-") for path in Path(str(_core.__file__)).parent.glob("tensorflow/ops-*"))
+    if not built:
+        return "not built: TensorFlow was not there when hvd_backup was built"
+    present = installed("tensorflow") or installed("tensorflow-cpu")
+    told = f"built with TensorFlow {', '.join(built)}"
+    return told if not present or present in built else f"{told}, but {present} is installed: build hvd_backup again"
 
 
 def installed(distribution: str) -> str:

@@ -236,6 +236,19 @@ class Buckets:
                 if self._parameters[index].grad is not gradient:
                     self._parameters[index].grad = gradient
 
+    def settle_results(self) -> None:
+        """What p.grad shows now, after the user has changed it, becomes the result. No gradient counts as zero."""
+        for bucket in self.all:
+            for index, view in zip(bucket.members, bucket.result_views, strict=True):
+                gradient = self._parameters[index].grad
+                if gradient is view:
+                    continue
+                if gradient is None:
+                    view.zero_()
+                else:
+                    self._wires[index].write(gradient, view)
+                self._parameters[index].grad = self._wires[index].read(view)
+
     def result_versions(self) -> list[int]:
         """Counts of in-place changes of what `show_results` shows; -1 where p.grad shows something else."""
         return [

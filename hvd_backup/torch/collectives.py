@@ -77,7 +77,7 @@ def allreduce_async(
     process_set: Any = None,
 ) -> Handle:
     """Starts `allreduce`; `synchronize` gives the new tensor. Do not change `tensor` before."""
-    return _start_allreduce(tensor, average, name, op, prescale_factor, postscale_factor, process_set, in_place=False)
+    return _start_allreduce(tensor, average, name, op, prescale_factor, postscale_factor, process_set)
 
 
 def allreduce_async_(
@@ -103,8 +103,8 @@ def allreduce_(
     process_set: Any = None,
 ) -> torch.Tensor:
     """`allreduce` in place; returns `tensor`."""
-    handle = allreduce_async_(tensor, average, name, op, prescale_factor, postscale_factor, process_set)
-    reduced: torch.Tensor = handle.wait()
+    arguments = (average, name, op, prescale_factor, postscale_factor, process_set)
+    reduced: torch.Tensor = _start_allreduce(tensor, *arguments, in_place=True, wait_follows=True).wait()
     return reduced
 
 
@@ -169,13 +169,13 @@ class _Allreduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, *arguments: Any) -> Any:
         ctx.arguments = arguments
-        return allreduce_async(tensor, *arguments).wait()
+        return _start_allreduce(tensor, *arguments, wait_follows=True).wait()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         average, _, op, prescale, postscale, process_set = ctx.arguments
-        handle = allreduce_async(gradients[0], average, None, op, prescale, postscale, process_set)
-        return (handle.wait(), *[None] * 6)
+        arguments = (average, None, op, prescale, postscale, process_set)
+        return (_start_allreduce(gradients[0], *arguments, wait_follows=True).wait(), *[None] * 6)
 
 
 class _Allgather(torch.autograd.Function):
@@ -199,7 +199,7 @@ class _Allgather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        summed = allreduce_async(gradients[0], op=ReduceOp.SUM).wait()
+        summed = _start_allreduce(gradients[0], op=ReduceOp.SUM, wait_follows=True).wait()
         return summed[ctx.own].reshape(ctx.shape), None, None
 
 
@@ -213,19 +213,21 @@ class _Broadcast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        summed = allreduce_async(gradients[0], op=ReduceOp.SUM).wait()
+        summed = _start_allreduce(gradients[0], op=ReduceOp.SUM, wait_follows=True).wait()
         return summed if ctx.is_root else torch.zeros_like(summed), None, None, None
 
 
 def _start_allreduce(
     tensor: torch.Tensor,
-    average: bool | None,
-    name: str | None,
-    op: ReduceOp | None,
-    prescale: float,
-    postscale: float,
-    process_set: Any,
-    in_place: bool,
+    average: bool | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale: float = 1.0,
+    postscale: float = 1.0,
+    process_set: Any = None,
+    *,
+    in_place: bool = False,
+    wait_follows: bool = False,
 ) -> Handle:
     _no_process_set(process_set)
     if average is not None and op is not None:
@@ -240,7 +242,7 @@ def _start_allreduce(
 
     here = context.current()
     here.before_full_collective("allreduce()")
-    return start("allreduce", tensor, here.size, name, op, prescale, postscale, outcome)
+    return start("allreduce", tensor, here.size, name, op, prescale, postscale, outcome, wait_follows)
 
 
 def _no_process_set(process_set: Any) -> None:

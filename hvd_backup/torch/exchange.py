@@ -92,6 +92,7 @@ class GradientExchange:
         self._first_order: list[int] = []
         self._sent: hyperparameters.Hyperparameters = []
         self._loaded = False
+        self._for_user = False
         self._scaler: DrivenScaler | None = None
         self._versions_in_hand: list[int] | None = None
         self._start_afresh()
@@ -164,8 +165,12 @@ class GradientExchange:
         self._started = True
         faults.injected().sleep(self._place.rank, self.training.global_step, self._place.size)
 
-    def synchronize(self) -> None:
-        """Hands over what the hooks have not, waits, and leaves the averaged gradients in p.grad."""
+    def synchronize(self, for_user: bool = False) -> None:
+        """Hands over what the hooks have not, waits, and leaves the averaged gradients in p.grad.
+
+        for_user: who may change them before complete(). So that late ranks get what was made of them, that must be
+            known when the first gradient goes out.
+        """
         self.training.check_usable()
         if not self._started:
             by_hand = any(parameter.grad is not None for parameter in self._parameters)
@@ -175,6 +180,7 @@ class GradientExchange:
         self._check_all_known()
         self._check_untouched()
         if self._buckets is None:
+            self._for_user = for_user
             self.open()
         assert self._buckets is not None
         for index, packed in enumerate(self._packed):
@@ -216,8 +222,8 @@ class GradientExchange:
             if left == 0 and self._versions[index] != self._version_of(index):
                 raise UsageError(
                     f"the gradient of {self._names[index]} was changed after backward() had handed it over: clip "
-                    "between synchronize() and step(), or with backup workers in optimizer.on_update(..., "
-                    "when='before'); hand a GradScaler over with optimizer.register_scaler(scaler); "
+                    "between synchronize() and step(), or in optimizer.on_update(..., when='before'); hand a "
+                    "GradScaler over with optimizer.register_scaler(scaler); "
                     "register your own gradient hooks before making the DistributedOptimizer"
                 )
 
@@ -252,7 +258,9 @@ class GradientExchange:
         order = self._first_order + [i for i in reversed(range(len(self._parameters))) if i not in seen]
         gradients = {index: parameter.grad for index, parameter in enumerate(self._parameters)}
         sparse = {i: g.sparse_dim() for i, g in gradients.items() if g is not None and g.is_sparse}
-        proposal = json.dumps({"order": order, "sparse": list(sparse.items())}).encode()
+        policy = self.training.policy
+        holds = self._for_user and policy.backup_workers > 0 and policy.scope == "step" and self._scaler is None
+        proposal = json.dumps({"order": order, "sparse": list(sparse.items()), "holds": holds}).encode()
         update_bytes = sum(p.numel() * p.element_size() for p in self._parameters)
         agreed = json.loads(self.training.open(self._description(), proposal, update_bytes))
         options = self._options
@@ -264,6 +272,8 @@ class GradientExchange:
             options.compression,
             dict(agreed["sparse"]),
         )
+        if agreed["holds"]:
+            self.training.hold()
         self.training.set_layout(buckets.layout(), buckets.result_addresses(), buckets)
         self._buckets = buckets
 
@@ -271,15 +281,20 @@ class GradientExchange:
         """See Framework."""
         return self._started or self.synchronized
 
-    def load(self, metadata: bytes, filled: list[bool]) -> None:
+    def load(self, metadata: bytes, filled: list[bool], settled: bool) -> None:
         """See Framework."""
         assert self._buckets is not None
         if metadata:
             hyperparameters.install(self._optimizer.param_groups, hyperparameters.decode(metadata))
-        self._buckets.show_results(self._options.postscale, filled)
+        self._buckets.show_results(1.0 if settled else self._options.postscale, filled)
         if self._scaler is not None:
             self._scaler.unscale()
         self._loaded = True
+
+    def settle(self) -> None:
+        """See Framework."""
+        assert self._buckets is not None
+        self._buckets.settle_results()
 
     def apply(self) -> None:
         """See Framework."""
@@ -308,8 +323,9 @@ class GradientExchange:
     # --- the end of a step ---
 
     def hand_to_user(self) -> None:
-        """Between synchronize() and complete() the user does something: with backup workers, gradients must stay."""
-        if self._buckets is not None and self._loaded and self.training.backup_workers > 0:
+        """Between synchronize() and complete() the user may change gradients, unless late ranks would not get it."""
+        unseen = self.training.backup_workers > 0 and not self.training.holds
+        if self._buckets is not None and self._loaded and unseen:
             self._versions_in_hand = self._buckets.result_versions()
 
     def complete(self) -> None:
@@ -319,9 +335,10 @@ class GradientExchange:
         before, self._versions_in_hand = self._versions_in_hand, None
         if before is not None and self._buckets.result_versions() != before:
             raise UsageError(
-                "gradients were changed between synchronize() and step(). With backup workers a late rank applies this "
-                "update, too, and must change them alike: optimizer.on_update(fn, when='before') runs fn on every "
-                "rank, for every update"
+                "gradients were changed between synchronize() and step(). With backup workers late ranks apply this "
+                "update, too, and get what was made of it only if synchronize() is called from the first step on, with "
+                "scope='step' and without a registered scaler; otherwise use optimizer.on_update(fn, when='before'), "
+                "which runs fn on every rank, for every update"
             )
         self.training.complete()
         self._end_step()
@@ -363,6 +380,8 @@ class GradientExchange:
             raise UsageError("register_scaler() between backward() and step(): call it before backward()")
         if self._scaler is not None:
             raise UsageError("register_scaler(): this optimizer has a scaler already")
+        if self.training.holds:
+            raise UsageError("register_scaler() after the first synchronize(): register it before the first step")
         if self.training.policy.late == "carry":
             raise UsageError('register_scaler() with late="carry": a carried gradient has the scale of its own step')
         optimizer: Any = self._optimizer

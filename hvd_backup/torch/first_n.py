@@ -46,7 +46,7 @@ def first_n_allreduce(
         UsageError: a dtype, n or op that cannot be used, or a name under way.
         HvdBackupError: ranks differ in shape, dtype, n or op; or the engine has failed.
     """
-    outcome: FirstN = first_n_allreduce_async(tensor, n, name, op, backup_workers=backup_workers).wait()
+    outcome: FirstN = _first_n(tensor, n, name, op, backup_workers, wait_follows=True).wait()
     return outcome
 
 
@@ -59,9 +59,15 @@ def first_n_allreduce_async(
     backup_workers: int | None = None,
 ) -> Handle:
     """Starts `first_n_allreduce`; `synchronize` gives its outcome. Do not change the tensor before."""
+    return _first_n(tensor, n, name, op, backup_workers, wait_follows=False)
+
+
+def _first_n(
+    tensor: torch.Tensor, n: int | None, name: str | None, op: ReduceOp, backup_workers: int | None, wait_follows: bool
+) -> Handle:
     here = context.current()
     wanted = contributors_wanted(n, backup_workers, here.size, here.default_backup_workers)
-    return start("first_n_allreduce", tensor, wanted, name, op, 1.0, 1.0, FirstN)
+    return start("first_n_allreduce", tensor, wanted, name, op, 1.0, 1.0, FirstN, wait_follows)
 
 
 def start(
@@ -73,8 +79,14 @@ def start(
     prescale: float,
     postscale: float,
     outcome: Callable[[torch.Tensor, tuple[int, ...]], Any],
+    wait_follows: bool,
 ) -> Handle:
-    """Starts a collective of the engine. outcome: makes what `synchronize` gives, from result and contributors."""
+    """Starts a collective of the engine.
+
+    Args:
+        outcome: makes what `synchronize` gives, from result and contributors.
+        wait_follows: see `Collectives.start`. The others: as in `first_n_allreduce`.
+    """
     if name is not None and not isinstance(name, str):
         raise UsageError(f"{operation}: name={name!r}, expected a str")
     contribution = contiguous(operation, tensor)
@@ -94,4 +106,5 @@ def start(
         result=result.data_ptr(),
         keep=(contribution, result),
         finish=finish,
+        wait_follows=wait_follows,
     )

@@ -76,19 +76,21 @@ class DistributedStep(torch.optim.Optimizer):
         nothing, and p.grad holds the gradient of the last update that was applied.
         """
         with torch.no_grad():
-            self._exchange.synchronize()
+            self._exchange.synchronize(for_user=True)
         self._exchange.hand_to_user()
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
-        """For changing the mean gradient before it is applied, without backup workers:
+        """For changing the mean gradient before it is applied:
 
             optimizer.synchronize()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             with optimizer.skip_synchronize():
                 optimizer.step()
 
-        With backup workers use `on_update(fn, when="before")`, which a late rank does as well.
+        With backup workers, late ranks get the gradient as the contributors have changed it; so all ranks must change
+        it in the same way, from the first step on. Not with scope="bucket" or a registered scaler: use
+        `on_update(fn, when="before")` there.
         """
         self._synchronizes = False
         try:

@@ -2,8 +2,7 @@
 
 Names of horovod.torch become ours, and a DataLoader whose loop steps a DistributedOptimizer follows the global step, as
 with `hvd.follow`. Which loader that is shows at the first gradient: it is the one whose loop is innermost then. Loaders
-in whose loops nothing is computed backward, those of evaluation, stay as they are; so do loaders that are made anew for
-each epoch, from their second epoch on: such a script trains as one without `follow`.
+in whose loops nothing is computed backward, those of evaluation, stay as they are.
 """
 
 from __future__ import annotations
@@ -112,10 +111,10 @@ def _watched(loader: DataLoader[Any]) -> Iterator[Any]:
 def _found(training: Training) -> None:
     """A gradient of `training` is there: the innermost loop is its training loop, if it has none yet."""
     loop = _loops[-1] if _loops else None
-    if loop is None or loop.round is not None or training.in_followed_round() or training.channel is not None:
-        return
     trainings = trainings_of(training)
+    if loop is None or loop.round is not None or not all(each.may_begin_round() for each in trainings):
+        return
     length = length_of(loop.loader)
     first_batch = loop.taken - 1  # it is the batch in whose body we are
-    loop.round = Round(trainings, length - first_batch if length >= 0 else -1, 0, first_batch)
+    loop.round = Round(trainings, length - first_batch if length >= 0 else -1, 0, first_batch, amid_backward=True)
     _trained_on[loop.loader] = [weakref.ref(each) for each in trainings]

@@ -1,0 +1,89 @@
+// A channel as TensorFlow's ops use it: gradients go in bucket by bucket, updates come out through a callback. The ops
+// (tensorflow_ops.cpp) find a stream by its number, which is an attribute of theirs; Python makes and closes streams
+// (hvd_backup/tensorflow/streams.py) through the C functions at the end.
+//
+// Threads: each stream has a thread that does nothing but wait for the engine, so that no thread of TensorFlow's
+// executor ever does. Buffers: Python's, alive until hvdb_tf_close() has returned. No Python, no GIL.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "api/hvd_backup.h"
+
+namespace hvd_backup {
+
+// What waiting has given: an error, or an update.
+struct Outcome {
+  std::string error;
+  hvdb_update_kind kind = HVDB_OVER;
+  bool contributed = false;
+  std::vector<std::vector<std::int32_t>> contributors;  // of each scope
+  std::vector<double> hyperparameters;                  // NaN where the update brings none
+};
+
+struct BucketMemory {
+  void* contribution;
+  void* result;
+  std::uint64_t bytes;
+};
+
+class Stream {
+ public:
+  using Done = std::function<void(const Outcome&)>;
+
+  Stream(const hvdb_functions& core, hvdb_channel* channel, std::vector<BucketMemory> buckets,
+         std::vector<std::string> hyperparameters);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  const std::vector<BucketMemory>& buckets() const { return buckets_; }
+  std::size_t hyperparameters() const { return names_.size(); }
+  void set_samples(double samples);
+  // Copies nothing: bucket `index` is handed over from and to these addresses. The first one of a step sends the
+  // hyperparameters along. Returns the error, empty when there is none.
+  std::string submit(int index, const void* contribution, void* result, const double* hyperparameters);
+  // Calls `done` from this stream's thread when there is an update to take; at once if another call is under way.
+  void take(Done done);
+  // What the last update was, as JSON, for Python.
+  std::string last_update();
+
+ private:
+  void run();
+  Outcome wait();
+  std::string metadata(const double* values) const;
+  std::vector<double> values_of(const std::string& metadata) const;
+
+  const hvdb_functions& core_;
+  hvdb_channel* const channel_;
+  const std::vector<BucketMemory> buckets_;
+  const std::vector<std::string> names_;  // of the hyperparameters
+
+  std::mutex mutex_;
+  std::condition_variable called_;
+  Done task_;
+  bool busy_ = false;
+  bool closed_ = false;
+  bool begun_ = false;    // a contribution is under way
+  bool in_step_ = false;  // since a contribution, until its update or that there is none
+  double samples_ = 1.0;
+  std::int64_t calls_ = 0;      // steps that have ended
+  std::int64_t leftovers_ = 0;  // of them, those whose round was over
+  std::string kind_;            // what the last take has found: update, resume or over
+  std::int64_t caught_up_ = 0;  // updates without this rank since the last step ended
+  std::string account_;         // of the last update
+  std::string ending_;          // of the last step
+  std::thread thread_;
+};
+
+// The stream with this number; null when there is none (any more).
+std::shared_ptr<Stream> find_stream(std::int64_t number);
+
+}  // namespace hvd_backup

@@ -1,0 +1,76 @@
+"""hvd_backup for Keras 3 on TensorFlow: horovod.keras's names, with backup workers.
+
+import hvd_backup.keras as hvd
+hvd.init()
+model.compile(optimizer=hvd.DistributedOptimizer(keras.optimizers.Adam(), backup_workers=1), loss=...)
+model.fit(data, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.FollowCallback()])
+"""
+
+from hvd_backup.applied import AppliedUpdate
+from hvd_backup.context import init, is_initialized, shutdown, straggler_report
+from hvd_backup.errors import ConfigError, HvdBackupError, NotInitializedError, UsageError
+from hvd_backup.first_n import ReduceOp
+from hvd_backup.follow import follow
+from hvd_backup.keras import callbacks
+from hvd_backup.keras.models import load_model
+from hvd_backup.keras.optimizer import DistributedOptimizer
+from hvd_backup.mpi import (
+    allgather,
+    allgather_object,
+    barrier,
+    broadcast,
+    broadcast_object,
+    cross_rank,
+    cross_size,
+    gloo_enabled,
+    is_homogeneous,
+    join,
+    local_rank,
+    local_size,
+    mpi_enabled,
+    mpi_threads_supported,
+    rank,
+    size,
+)
+from hvd_backup.tensorflow.compression import Compression
+from hvd_backup.tensorflow.functions import broadcast_variables
+
+Average = ReduceOp.AVERAGE
+Sum = ReduceOp.SUM
+
+__all__ = [
+    "AppliedUpdate",
+    "Average",
+    "Compression",
+    "ConfigError",
+    "DistributedOptimizer",
+    "HvdBackupError",
+    "NotInitializedError",
+    "ReduceOp",
+    "Sum",
+    "UsageError",
+    "allgather",
+    "allgather_object",
+    "barrier",
+    "broadcast",
+    "broadcast_object",
+    "broadcast_variables",
+    "callbacks",
+    "cross_rank",
+    "cross_size",
+    "follow",
+    "gloo_enabled",
+    "init",
+    "is_homogeneous",
+    "is_initialized",
+    "join",
+    "load_model",
+    "local_rank",
+    "local_size",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "rank",
+    "shutdown",
+    "size",
+    "straggler_report",
+]

@@ -1,0 +1,106 @@
+"""Which gradient lies where: gradients packed into flat buckets of one dtype each, in memory that the ops share.
+
+Buckets are filled from the last variable to the first, which is the order in which a backward pass has gradients ready.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_backup.errors import UsageError
+from hvd_backup.first_n import DTYPE_BYTES
+
+__all__ = ["Gradient", "Layout", "plan"]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What is sent for one variable.
+
+    Attributes:
+        name: of the variable.
+        shape: of the gradient.
+        dtype: of what is sent, as the engine has it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise UsageError(
+                f"variable {self.name} has gradients of dtype {self.dtype}: supported are float16, "
+                "bfloat16, float32, float64"
+            )
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+def plan(gradients: Sequence[Gradient], bucket_bytes: int) -> list[list[int]]:
+    """Buckets of indices into `gradients`, each of one dtype, closed before they exceed `bucket_bytes`."""
+    closed: list[list[int]] = []
+    growing: dict[str, list[int]] = {}
+    for index in reversed(range(len(gradients))):
+        gradient = gradients[index]
+        bucket = growing.setdefault(gradient.dtype, [])
+        if bucket and sum(gradients[i].bytes for i in bucket) + gradient.bytes > bucket_bytes:
+            closed.append(bucket)
+            bucket = growing[gradient.dtype] = []
+        bucket.append(index)
+    return closed + sorted(growing.values(), key=lambda bucket: -bucket[-1])
+
+
+class Layout:
+    """The buckets of an optimizer and their memory.
+
+    Attributes:
+        gradients: in the order of the variables.
+        buckets: for each, the indices of its gradients, in the order in which they lie in it.
+    """
+
+    def __init__(self, gradients: Sequence[Gradient], bucket_bytes: int) -> None:
+        self.gradients = list(gradients)
+        self.buckets = plan(gradients, bucket_bytes)
+        self._contributions = [self._buffer(bucket) for bucket in self.buckets]
+        self._results = [self._buffer(bucket) for bucket in self.buckets]
+
+    def _buffer(self, bucket: list[int]) -> np.ndarray:
+        elements = sum(self.gradients[index].elements for index in bucket)
+        return np.zeros(elements, tf.as_dtype(self.gradients[bucket[0]].dtype).as_numpy_dtype)
+
+    @property
+    def sizes(self) -> list[tuple[int, str]]:
+        """Elements and dtype of each bucket."""
+        return [
+            (len(buffer), self.gradients[bucket[0]].dtype)
+            for bucket, buffer in zip(self.buckets, self._results, strict=True)
+        ]
+
+    @property
+    def bytes(self) -> list[int]:
+        """Of each bucket."""
+        return [buffer.nbytes for buffer in self._results]
+
+    @property
+    def contribution_addresses(self) -> list[int]:
+        """Where gradients are packed."""
+        return [buffer.ctypes.data for buffer in self._contributions]
+
+    @property
+    def result_addresses(self) -> list[int]:
+        """Where updates arrive."""
+        return [buffer.ctypes.data for buffer in self._results]

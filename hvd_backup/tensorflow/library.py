@@ -1,0 +1,73 @@
+"""The library with TensorFlow's ops, which is compiled against one version of TensorFlow and fits only that one.
+
+It is loaded when it is first needed, not at import. csrc/bindings/tensorflow_ops.cpp has the ops.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from hvd_backup import _core
+
+__all__ = ["mismatch", "native", "ops"]
+
+REMEDY = (
+    "build hvd_backup again in this environment, in its source folder: "
+    "pip install --no-build-isolation --force-reinstall --no-deps . "
+    "(before that: pip install scikit-build-core nanobind cmake ninja)"
+)
+
+
+def mismatch(folder: Path, version: str) -> str:
+    """Why the ops in `folder` do not do for this version of TensorFlow; empty when they do."""
+    built = sorted(path.stem.removeprefix("ops-") for path in folder.glob("ops-*.so"))
+    if version in built:
+        return ""
+    if built:
+        return (
+            f"hvd_backup's TensorFlow ops were built with TensorFlow {', '.join(built)}, but TensorFlow {version} is "
+            f"installed: {REMEDY}"
+        )
+    return f"hvd_backup was built without TensorFlow, so its TensorFlow ops are not in {folder}: {REMEDY}"
+
+
+@functools.cache
+def ops() -> Any:
+    """The ops as Python functions: hvd_backup_submit, hvd_backup_next_update, hvd_backup_first_n.
+
+    Raises:
+        ImportError: they are not there, or were built with another TensorFlow; says how to build them.
+    """
+    return tf.load_op_library(str(_path()))
+
+
+@functools.cache
+def native() -> ctypes.CDLL:
+    """The C functions of csrc/bindings/tensorflow_stream.cpp."""
+    ops()
+    library = ctypes.CDLL(str(_path()))
+    pointers = ctypes.POINTER(ctypes.c_void_p)
+    library.hvdb_tf_open.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+        *(pointers, pointers, ctypes.POINTER(ctypes.c_uint64), ctypes.c_char_p),
+    ]
+    library.hvdb_tf_open.restype = ctypes.c_int64
+    library.hvdb_tf_close.argtypes = [ctypes.c_int64]
+    library.hvdb_tf_close.restype = None
+    library.hvdb_tf_set_samples.argtypes = [ctypes.c_int64, ctypes.c_double]
+    library.hvdb_tf_set_samples.restype = None
+    library.hvdb_tf_last_update.argtypes = [ctypes.c_int64]
+    library.hvdb_tf_last_update.restype = ctypes.c_char_p
+    return library
+
+
+def _path() -> Path:
+    folder = Path(str(_core.__file__)).parent / "tensorflow"
+    if told := mismatch(folder, tf.__version__):
+        raise ImportError(told)
+    return folder / f"ops-{tf.__version__}.so"
