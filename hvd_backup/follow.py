@@ -163,7 +163,7 @@ class _Position:
 
     def __init__(self, training: Training) -> None:
         self._training = training
-        self.batch = training.step - training.round_start
+        self.batch = (training.step - training.round_start) * training.batches_per_update
         self._window()
 
     def _window(self) -> None:
@@ -184,6 +184,8 @@ class _Position:
                 "number of updates: follow(iter(loader), optimizer), or put the optimizer with one step per batch first"
             )
         updates = self._training.step - self._first_step
+        # A window with a batch that the loop has skipped looks larger than it is.
+        self._training.batches_per_update = min(self._training.batches_per_update, max(1, self._batches // calls))
         self.batch = max(self.batch, self._first_batch + self._batches * updates // calls)
         self._window()
 

@@ -46,6 +46,7 @@ class Training(UpdateStream):
     Attributes:
         number: of the optimizer in its program.
         round_start: the step at which the last followed round began.
+        batches_per_update: how many batches of the loader one update stands for, with gradient accumulation.
     """
 
     def __init__(self, place: Context, policy: Policy, framework: Framework) -> None:
@@ -59,6 +60,7 @@ class Training(UpdateStream):
         self._round_to_begin: tuple[int, int] | None = None  # as soon as the channel is open: length, align_every
         self._align_every = 0
         self.round_start = 0
+        self.batches_per_update = 1
         self._plain_steps = False  # since the last round, without follow()
         self._leftovers = 0  # gradients dropped since another rank has ended the round
         place.register(self)

@@ -81,7 +81,7 @@ class GradientExchange:
     ) -> None:
         self.training = Training(place, policy, self)
         self.synchronized = False
-        self.passes = passes
+        self.training.batches_per_update = self.passes = passes
         self.schedulers: list[Callable[[], None]] = []
         self._place = place
         self._options = options
@@ -117,7 +117,7 @@ class GradientExchange:
         """Changes backward_passes_per_step between two gradients."""
         if self._started:
             raise UsageError("backward_passes_per_step was changed between backward() and step(): do it after step()")
-        self.passes = passes
+        self.training.batches_per_update = self.passes = passes
         self._start_afresh()
 
     def _start_afresh(self) -> None:
