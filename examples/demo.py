@@ -117,10 +117,12 @@ def meaning(reports: Sequence[dict[str, Any]]) -> str:
     """One sentence that says what the table shows, from its numbers."""
     nobody, synchronous, backup = (report["seconds"] for report in reports)
     points = (reports[2]["test_accuracy"] - reports[1]["test_accuracy"]) * 100
+    accuracy = (
+        f"{abs(points):.1f} points {'more' if points > 0 else 'less'} test accuracy" if points else "equal accuracy"
+    )
     return (
         f"One slow rank stretches plain synchronous training from {nobody:.1f} s to {synchronous:.1f} s; with one "
-        f"backup worker it takes {backup:.1f} s, {synchronous / backup:.1f} times faster, at {abs(points):.1f} points "
-        f"{'more' if points >= 0 else 'less'} test accuracy."
+        f"backup worker it takes {backup:.1f} s, {synchronous / backup:.1f} times faster, at {accuracy}."
     )
 
 
@@ -146,7 +148,7 @@ def main() -> None:
     parser.add_argument(
         "--delay-ms", type=float, default=200.0, help="sleep of the slow rank in each step (default 200)"
     )
-    parser.add_argument("--epochs", type=int, default=5, help="of each training (default 5)")
+    parser.add_argument("--epochs", type=int, default=4, help="of each training (default 4)")
     parser.add_argument(
         "--picture", type=Path, default=Path("build/demo.png"), help="its file (default build/demo.png)"
     )

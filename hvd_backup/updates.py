@@ -156,6 +156,11 @@ class UpdateStream:
         self.opened.set_results([*results, *extra])
 
     @property
+    def framework(self) -> Framework:
+        """Who does what needs tensors; a proxy, which does not keep it alive."""
+        return self._framework
+
+    @property
     def opened(self) -> Channel:
         """The channel, which must be there."""
         assert self.channel is not None, "the channel is used before open()"

@@ -33,13 +33,14 @@ def on_ranks(ranks: int, command: Sequence[str], **env: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("horovod", "loaders"), [("auto", []), ("off", []), ("off", ["--new-loaders"])])
-def test_an_unchanged_script_trains_with_backup_workers(horovod: str, loaders: list[str]) -> None:
+@pytest.mark.parametrize(("horovod", "options"), [("auto", []), ("off", []), ("off", ["--new-loaders", "--scaler"])])
+def test_an_unchanged_script_trains_with_backup_workers(horovod: str, options: list[str]) -> None:
     """With Horovod, and without: then its horovod.torch is ours altogether. Loaders may be made anew for each epoch."""
     env = {"HVD_BACKUP_DELAY": "rank=3,ms=40,p=0.6", "HVD_BACKUP_HOROVOD": horovod}
-    seen = reports(on_ranks(4, [*RUN, "--backup-workers", "1", SCRIPT, "--epochs", "3", *loaders], **env), 4)
+    seen = reports(on_ranks(4, [*RUN, "--backup-workers", "1", SCRIPT, "--epochs", "3", *options], **env), 4)
     for report in seen:
         assert report["weights"] == seen[0]["weights"]
+        assert report["scale"] == seen[0]["scale"]
         assert report["tested"] == [4, 4, 4]
         assert report["losses"] == pytest.approx(seen[0]["losses"])
     assert seen[0]["losses"][-1] < seen[0]["losses"][0]

@@ -172,6 +172,10 @@ def test_what_backup_workers_forbid() -> None:
         optimizer.step()
     model, optimizer = after_backward()
     optimizer.synchronize()
+    with optimizer.skip_synchronize(), pytest.raises(hvd.UsageError, match=r"optimizer\.register_scaler\(scaler\)"):
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.ones(1))
+        scaler.step(optimizer)
     with optimizer.skip_synchronize():
         optimizer.step()
     with pytest.raises(RuntimeError, match=r"step\(\) without a gradient"):

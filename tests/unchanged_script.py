@@ -12,6 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--new-loaders", action="store_true", help="make the loaders anew for each epoch")
+parser.add_argument("--scaler", action="store_true", help="mixed precision, with clipping")
 args = parser.parse_args()
 
 hvd.init()
@@ -28,6 +29,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4, enabled=args.scaler)
 
 
 def metric_average(value: float, name: str) -> float:
@@ -44,8 +46,13 @@ for epoch in range(args.epochs):
     batches.append(0)
     for data, target in train_loader:
         optimizer.zero_grad()
-        F.mse_loss(model(data), target).backward()
-        optimizer.step()
+        scaler.scale(F.mse_loss(model(data), target)).backward()
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
         batches[-1] += 1
     model.eval()
     total = 0.0
@@ -58,4 +65,5 @@ for epoch in range(args.epochs):
 
 weights = [value for parameter in model.parameters() for value in parameter.detach().flatten().tolist()]
 seen = {"rank": hvd.rank(), "batches": batches, "tested": tested, "losses": losses, "weights": weights}
+seen["scale"] = scaler.get_scale()
 print(json.dumps(seen), flush=True)

@@ -249,6 +249,13 @@ class Buckets:
                     self._wires[index].write(gradient, view)
                 self._parameters[index].grad = self._wires[index].read(view)
 
+    def spoil_result(self) -> None:
+        """Marks the result as one that is not to be applied: whoever gets it finds a NaN."""
+        bucket = self.all[0]
+        bucket.result[0] = float("nan")
+        index = bucket.members[0]
+        self._parameters[index].grad = self._wires[index].read(bucket.result_views[0])
+
     def result_versions(self) -> list[int]:
         """Counts of in-place changes of what `show_results` shows; -1 where p.grad shows something else."""
         return [

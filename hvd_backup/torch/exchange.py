@@ -259,7 +259,7 @@ class GradientExchange:
         gradients = {index: parameter.grad for index, parameter in enumerate(self._parameters)}
         sparse = {i: g.sparse_dim() for i, g in gradients.items() if g is not None and g.is_sparse}
         policy = self.training.policy
-        holds = self._for_user and policy.backup_workers > 0 and policy.scope == "step" and self._scaler is None
+        holds = self._for_user and policy.backup_workers > 0 and policy.scope == "step"
         proposal = json.dumps({"order": order, "sparse": list(sparse.items()), "holds": holds}).encode()
         update_bytes = sum(p.numel() * p.element_size() for p in self._parameters)
         agreed = json.loads(self.training.open(self._description(), proposal, update_bytes))
@@ -288,18 +288,25 @@ class GradientExchange:
             hyperparameters.install(self._optimizer.param_groups, hyperparameters.decode(metadata))
         self._buckets.show_results(1.0 if settled else self._options.postscale, filled)
         if self._scaler is not None:
-            self._scaler.unscale()
+            if not settled:
+                self._scaler.unscale()
+            if self.training.holds:
+                self._scaler.judge()
         self._loaded = True
 
     def settle(self) -> None:
         """See Framework."""
         assert self._buckets is not None
         self._buckets.settle_results()
+        if self._scaler is not None:
+            if not self._scaler.finite:
+                self._buckets.spoil_result()  # it may look finite by now, clipped
+            self._scaler.judge()
 
     def apply(self) -> None:
         """See Framework."""
         if self._scaler is not None:
-            self._scaler.apply()
+            self._scaler.apply(held=self.training.holds)
         else:
             self._optimizer._apply_update()
 
@@ -337,8 +344,8 @@ class GradientExchange:
             raise UsageError(
                 "gradients were changed between synchronize() and step(). With backup workers late ranks apply this "
                 "update, too, and get what was made of it only if synchronize() is called from the first step on, with "
-                "scope='step' and without a registered scaler; otherwise use optimizer.on_update(fn, when='before'), "
-                "which runs fn on every rank, for every update"
+                "scope='step'; otherwise use optimizer.on_update(fn, when='before'), which runs fn on every rank, for "
+                "every update"
             )
         self.training.complete()
         self._end_step()
@@ -374,6 +381,11 @@ class GradientExchange:
         self.training.reopen()
         self._start_afresh()
 
+    @property
+    def driven(self) -> bool:
+        """Whether a scaler is registered."""
+        return self._scaler is not None
+
     def drive(self, scaler: Any) -> None:
         """See DistributedStep.register_scaler."""
         if self.gradient_started():
@@ -385,7 +397,18 @@ class GradientExchange:
         if self.training.policy.late == "carry":
             raise UsageError('register_scaler() with late="carry": a carried gradient has the scale of its own step')
         optimizer: Any = self._optimizer
-        self._scaler = DrivenScaler(scaler, optimizer._itself(), optimizer._apply_update)
+        this: Any = weakref.proxy(self)
+        self._scaler = DrivenScaler(
+            scaler, optimizer._itself(), lambda: bool(this.synchronized), optimizer._apply_update
+        )
+
+    def refuse_foreign_scaler(self) -> None:
+        """A GradScaler that is not driven by updates wants to step()."""
+        if self.training.backup_workers > 0:
+            raise UsageError(
+                "a GradScaler that is not registered, with backup workers: a rank that is late would scale otherwise "
+                "than the others. Call optimizer.register_scaler(scaler) once, before the first step; the rest stays"
+            )
 
     def zero_in_buckets(self) -> None:
         """zero_grad() with gradient_as_bucket_view: gradients become zeros in the buffers that go out next."""
@@ -393,7 +416,7 @@ class GradientExchange:
             self._buckets.show_zeros()
 
     def _description(self) -> list[str]:
-        lines = list(self._options.description)
+        lines = [*self._options.description, f"gradient scaler: {'registered' if self._scaler is not None else 'none'}"]
         for name, parameter in zip(self._names, self._parameters, strict=True):
             line = f"{name} {tuple(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
             strides = dense_strides(parameter)

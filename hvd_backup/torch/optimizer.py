@@ -89,8 +89,7 @@ class DistributedStep(torch.optim.Optimizer):
                 optimizer.step()
 
         With backup workers, late ranks get the gradient as the contributors have changed it; so all ranks must change
-        it in the same way, from the first step on. Not with scope="bucket" or a registered scaler: use
-        `on_update(fn, when="before")` there.
+        it in the same way, from the first step on. Not with scope="bucket": use `on_update(fn, when="before")` there.
         """
         self._synchronizes = False
         try:
@@ -235,9 +234,20 @@ class DistributedStep(torch.optim.Optimizer):
             scaler.step(optimizer)      # is optimizer.step() now
             scaler.update()             # does nothing now: the scale follows the updates, on every rank
 
-        p.grad holds unscaled gradients wherever you see the mean: after synchronize(), and in on_update functions.
+        p.grad holds unscaled gradients wherever you see the mean: after synchronize(), where scaler.unscale_(optimizer)
+        does nothing more, and in on_update functions.
         """
         self._exchange.drive(scaler)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler asks of an optimizer before it steps it; one that is registered never does."""
+        self._exchange.refuse_foreign_scaler()
+        return bool(self.__dict__.get("_step_supports_amp_scaling", False))
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__["_step_supports_amp_scaling"] = value
 
     def _itself(self) -> DistributedStep:
         """For those that hold a proxy."""

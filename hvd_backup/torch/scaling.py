@@ -6,7 +6,7 @@ ones too, skips the same updates and keeps the same scale. PyTorch's own scaler 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,34 +22,53 @@ class DrivenScaler:
     The user's calls of scaler.step(optimizer) become optimizer.step(), and scaler.update() does nothing. The scaler
     gets a class derived from its own, so that its state_dict stays what it was.
 
+    Each update is either unscaled here and applied, unless the scaler finds Inf or NaN in it; or it is `held`: the
+    contributors may change it (clip it) after it was unscaled, and send late ranks what they have made of it. Then what
+    counts is whether it is `finite` before and after the change.
+
     Args:
         scaler: the user's.
         optimizer: that it is registered with.
+        synchronized: whether p.grad holds the mean gradient.
         apply: applies p.grad to the weights.
+
+    Attributes:
+        finite: what `judge` found.
     """
 
-    def __init__(self, scaler: Any, optimizer: torch.optim.Optimizer, apply: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        scaler: Any,
+        optimizer: torch.optim.Optimizer,
+        synchronized: Callable[[], bool],
+        apply: Callable[[], None],
+    ) -> None:
         kind: Any = type(scaler)
         if not all(callable(getattr(scaler, name, None)) for name in ("scale", "unscale_", "step", "update")):
             raise UsageError(f"register_scaler({kind.__name__}): expected a torch.amp.GradScaler")
         if getattr(kind, "driven_by_updates", False):
             raise UsageError("register_scaler(): this scaler is registered already: use one scaler for each optimizer")
+        self.finite = True
         self._kind = kind
         self._scaler = scaler
+        self._optimizer = optimizer
         self._target = _Target(optimizer, apply)
+        device = next(self._parameters()).device
+        self._probe = torch.zeros(1, device=device, requires_grad=True)
 
         def step(self: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
             """The optimizer skips the update on every rank when it holds Inf or NaN."""
             return given.step(*args, **kwargs) if given is optimizer else kind.step(self, given, *args, **kwargs)
 
         def unscale_(self: Any, given: Any) -> None:
+            """The mean gradient is unscaled already."""
             if given is not optimizer:
                 kind.unscale_(self, given)
-                return
-            raise UsageError(
-                "scaler.unscale_() of a registered scaler: the mean gradient is unscaled when an update is applied; "
-                "clip in optimizer.on_update(fn, when='before'), where p.grad is unscaled already"
-            )
+            elif not synchronized():
+                raise UsageError(
+                    "scaler.unscale_() of a registered scaler before optimizer.synchronize(): what is unscaled is the "
+                    "mean gradient. Clip it after synchronize(), or in optimizer.on_update(fn, when='before')"
+                )
 
         def update(self: Any, new_scale: Any = None) -> None:
             """The optimizer updates this scaler after each update."""
@@ -59,7 +78,6 @@ class DrivenScaler:
         methods = {"step": step, "unscale_": unscale_, "update": update, "driven_by_updates": True}
         scaler.__class__ = type(kind.__name__, (kind,), methods)
         # It makes its scale when it first scales something, which a rank that is late may not have done yet.
-        device = next(parameter.device for group in optimizer.param_groups for parameter in group["params"])
         scaler.scale(torch.ones(1, device=device))
 
     def unscale(self) -> None:
@@ -67,14 +85,28 @@ class DrivenScaler:
         if self._scaler.is_enabled():
             self._kind.unscale_(self._scaler, self._target)
 
-    def apply(self) -> None:
-        """Applies p.grad, unless it holds Inf or NaN, and updates the scale."""
-        self._kind.step(self._scaler, self._target)
+    def judge(self) -> None:
+        """Looks whether p.grad is finite."""
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        self.finite = not self._scaler.is_enabled() or all(bool(g.isfinite().all()) for g in dense)
+
+    def apply(self, held: bool) -> None:
+        """Applies p.grad, unless it held Inf or NaN, and updates the scale."""
+        target = self._target
+        if held and self._scaler.is_enabled():
+            self._probe.grad = torch.full_like(self._probe, 0.0 if self.finite else float("nan"))
+            target = _Target(torch.optim.SGD([self._probe]), target.step)
+            self._kind.unscale_(self._scaler, target)
+        self._kind.step(self._scaler, target)
         self._kind.update(self._scaler)
+
+    def _parameters(self) -> Iterator[torch.Tensor]:
+        return (parameter for group in self._optimizer.param_groups for parameter in group["params"])
 
 
 class _Target:
-    """The optimizer as the scaler sees it: its step() is the update alone."""
+    """An optimizer as the scaler sees it: its step() is the update alone."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, apply: Callable[[], None]) -> None:
         self._optimizer = optimizer

@@ -2,7 +2,8 @@
 
 Names of horovod.torch become ours, and a DataLoader whose loop steps a DistributedOptimizer follows the global step, as
 with `hvd.follow`. Which loader that is shows at the first gradient: it is the one whose loop is innermost then. Loaders
-in whose loops nothing is computed backward, those of evaluation, stay as they are.
+in whose loops nothing is computed backward, those of evaluation, stay as they are. With backup workers, the GradScaler
+that has scaled a loss is registered with the optimizer that gets the first gradient from it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from hvd_backup.follow import END, Batches, Followed, Round, left_by_break, length_of
 from hvd_backup.torch import horovod_names
+from hvd_backup.torch.exchange import GradientExchange
 from hvd_backup.training import Training, gradient_observers, trainings_of
 
 __all__ = ["install"]
@@ -28,7 +31,8 @@ def install() -> None:
     """Once, before the script runs."""
     _replace_names()
     DataLoader.__iter__ = _iterate  # type: ignore[method-assign, assignment]
-    gradient_observers.append(_found)
+    GradScaler.scale = _scale  # type: ignore[method-assign, assignment]
+    gradient_observers.extend((_found, _register_scaler))
 
 
 def _replace_names() -> None:
@@ -118,3 +122,24 @@ def _found(training: Training) -> None:
     first_batch = loop.taken - 1  # it is the batch in whose body we are
     loop.round = Round(trainings, length - first_batch if length >= 0 else -1, 0, first_batch, amid_backward=True)
     _trained_on[loop.loader] = [weakref.ref(each) for each in trainings]
+
+
+_original_scale: Any = GradScaler.scale
+_scaled_with: list[weakref.ref[GradScaler]] = []  # the scaler of the loss whose gradients come next
+
+
+def _scale(scaler: GradScaler, outputs: Any) -> Any:
+    """In place of GradScaler.scale."""
+    if scaler.is_enabled():
+        _scaled_with[:] = [weakref.ref(scaler)]
+    return _original_scale(scaler, outputs)
+
+
+def _register_scaler(training: Training) -> None:
+    """A gradient of `training` is there."""
+    scaler = _scaled_with.pop()() if _scaled_with else None
+    exchange = training.framework
+    if scaler is None or training.backup_workers == 0 or not isinstance(exchange, GradientExchange):
+        return
+    if not exchange.driven:
+        exchange.drive(scaler)
