@@ -78,8 +78,10 @@ class Engine:
         """This rank enters a full collective: until its next submission it does not count as able to contribute to
         channels of kind "collective" with required < size. Returns at once."""
 
-    def join(self) -> int:
-        """Contributes nothing more until every rank has joined; returns the last rank to join."""
+    def join(self) -> None:
+        """Contributes nothing more until every rank has joined; says so and returns."""
+    def joined(self) -> int:
+        """Waits until every rank has joined; returns the last one."""
 
     def shutdown(self, failure: str = "") -> None:
         """Says that this rank leaves for good, goes on serving the others, and returns when all have left.

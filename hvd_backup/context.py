@@ -35,6 +35,7 @@ __all__ = ["Context", "Participant", "current", "init", "is_initialized", "shutd
 MOST_REPORTED = 1 << 62  # steps: all that there are
 MOST_SUMMARISED = 5000  # updates: a fraction of a second at the end of a run
 LEAST_SUMMARISED = 10  # what is shorter was only tried out
+POLL_S = 0.0005  # while others train and this rank has joined
 PATIENCE_S = 10.0  # for ranks that have left and have nothing to do any more but say so
 
 _log = logging.getLogger("hvd_backup")
@@ -44,6 +45,10 @@ class Participant(Protocol):
     """An optimizer, as the collectives of all ranks see it."""
 
     backup_workers: int
+    number: int  # in the order in which all ranks have made them
+
+    def usable(self) -> bool:
+        """Whether no exception has torn it."""
 
     def in_followed_round(self) -> bool:
         """Whether `follow` ties this rank's place in the data to the optimizer's steps right now."""
@@ -53,6 +58,12 @@ class Participant(Protocol):
 
     def leave_round(self, what: str) -> None:
         """Ends the optimizer's round, because this rank enters `what`. Not called within a followed round."""
+
+    def begin_join(self) -> None:
+        """This rank is about to join: it contributes nothing more until all ranks have joined."""
+
+    def finish_round(self, wait: bool) -> bool:
+        """Applies the updates of the others; whether the round is over, as it is when all have joined."""
 
 
 class Context:
@@ -124,6 +135,13 @@ class Context:
             UsageError: an optimizer with backup workers is inside a followed loop, where ranks skip batches and so
                 would call `what` unequally often.
         """
+        self._refuse_within_loop(what)
+        participants: list[Participant] = list(self._participants)
+        for participant in participants:
+            if not participant.in_followed_round():
+                participant.leave_round(what)
+
+    def _refuse_within_loop(self, what: str) -> None:
         participants: list[Participant] = list(self._participants)
         for participant in participants:
             if participant.in_followed_round() and participant.backup_workers > 0 and not participant.aligned():
@@ -133,9 +151,6 @@ class Context:
                     "optimizer.metrics(...) before step(); to meet at every k-th step (evaluation, checkpoints) use "
                     "follow(..., align_every=k), and call it only there; or call it after the loop"
                 )
-        for participant in participants:
-            if not participant.in_followed_round():
-                participant.leave_round(what)
 
     def full_collective(self, what: str) -> None:
         """To be called at the start of every collective on `comm`: returns when all ranks are in the same one.
@@ -152,12 +167,30 @@ class Context:
 
     def join(self) -> int:
         """See `hvd_backup.mpi.join`."""
-        self.before_full_collective("join()")
+        self.begin_join()
+        return self.end_join()
+
+    def begin_join(self) -> None:
+        """This rank contributes nothing more until all have joined."""
+        self._refuse_within_loop("join()")
         if self.collectives.under_way():
             raise UsageError("join() while a collective is under way: synchronize() all handles first")
-        last = self.engine.join()
+        for participant in self._in_order():
+            participant.begin_join()
+        self.engine.join()
+
+    def end_join(self) -> int:
+        """Applies the updates of the others until all have joined; returns the last to do so."""
+        running = self._in_order()
+        while running := [each for each in running if not each.finish_round(wait=False)]:
+            time.sleep(POLL_S)
+        last = self.engine.joined()
         self.collectives.start_afresh()
         return last
+
+    def _in_order(self) -> list[Participant]:
+        """As all ranks have made them, without those that cannot go on."""
+        return sorted((each for each in self._participants if each.usable()), key=lambda each: each.number)
 
     def close(self, failure: str, *, finalizing: bool) -> None:
         """Leaves for good: returns when all ranks have left.

@@ -62,6 +62,7 @@ class Training(UpdateStream):
         self.round_start = 0
         self.batches_per_update = 1
         self._plain_steps = False  # since the last round, without follow()
+        self._joined_before_open = False  # the newest join() was called before this rank had taken any step
         self._leftovers = 0  # gradients dropped since another rank has ended the round
         place.register(self)
 
@@ -142,7 +143,7 @@ class Training(UpdateStream):
             self.opened.away()
 
     def finish_round(self, wait: bool) -> bool:
-        """After stop_contributing(): applies the updates of the others until the round is over for all.
+        """Having said so or joined, applies the updates of the others until the round is over for all.
 
         Args:
             wait: False: only what is there.
@@ -150,11 +151,15 @@ class Training(UpdateStream):
         Returns:
             Whether the round is over.
         """
+        if self.channel is None:
+            self._framework.open()
         channel = self.opened
         while not channel.round_over:
             if not wait and not channel.poll():
                 return False
             if self.wait_outside_step(one=not wait) == "resume":
+                if self._joined_before_open:
+                    return True  # all had joined before any step was taken, so there was no round
                 raise HvdBackupError("a rank that is away was told to resume: an error in hvd_backup, please report it")
         channel.leave()  # the round is behind us: what comes next, followed or not, is a round of its own
         channel.wait()
@@ -177,6 +182,26 @@ class Training(UpdateStream):
             end_rounds([self])
 
     # --- rounds without follow() ---
+
+    def usable(self) -> bool:
+        """Whether no exception has torn it."""
+        return not self._torn
+
+    def begin_join(self) -> None:
+        """This rank is about to join(): what others contribute from now on, finish_round() applies."""
+        if self._following:
+            raise UsageError(
+                "join() inside a loop over follow(), which is for uneven data itself: call it after the loop"
+            )
+        if self._framework.gradient_started():
+            raise UsageError("join() between backward() and step(): call step() first")
+        self._finish_abandoned()
+        if self.channel is not None and self.channel.round_over:
+            self.channel.leave()
+            self.channel.wait()
+        self._joined_before_open = self.channel is None
+        self._plain_steps = False
+        self._warn_about_leftovers("join()")
 
     def leave_round(self, what: str) -> None:
         """Ends the round, because this rank enters the full collective `what`."""

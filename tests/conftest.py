@@ -7,6 +7,7 @@
 Fixtures are set up here, once, and their values are sent to the ranks: they must pickle.
 """
 
+import signal
 from typing import Any
 
 import hypothesis
@@ -20,6 +21,8 @@ hypothesis.settings.load_profile("hvd_backup")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start is to be interruptible
     config.addinivalue_line("markers", "ranks(*sizes, timeout_s=120): run the test's body in each rank, at these sizes")
 
 

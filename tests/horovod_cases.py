@@ -334,6 +334,28 @@ def elastic_state(hvd: Any) -> Any:
     return [list(model.parameters()), state.epoch, optimizer.param_groups[0]["lr"], list(sampler)]
 
 
+def uneven_training(hvd: Any) -> Any:
+    """Rank 1 has twice as many batches in each epoch; the weights are then those of the rank that joined last.
+
+    Without momentum: with Horovod, that of a rank that has joined stays behind.
+    """
+    model = torch.nn.Linear(2, 1)
+    torch.nn.init.constant_(model.weight, 0.5)
+    torch.nn.init.constant_(model.bias, 0.1)
+    plain = torch.optim.SGD(model.parameters(), lr=0.02)
+    optimizer = hvd.DistributedOptimizer(plain, model.named_parameters(prefix="uneven_training"))
+    seen = []
+    for _ in range(2):
+        for step in range(3 + 3 * hvd.rank()):
+            optimizer.zero_grad()
+            model(torch.full((1, 2), 0.3 * step + hvd.rank())).pow(2).mean().backward()
+            optimizer.step()
+        last = hvd.join()
+        hvd.broadcast_parameters(model.state_dict(), root_rank=last)
+        seen.append([last, *(parameter.detach().clone() for parameter in model.parameters())])
+    return seen
+
+
 def uneven_join(hvd: Any) -> Any:
     seen = [hvd.allreduce(torch.ones(1), op=hvd.Sum, name=f"uneven.{i}") for i in range(2 + hvd.rank())]
     return [*seen, hvd.join()]
@@ -352,7 +374,7 @@ CASES = [
         batch_norm,
         elastic_state,
     ),
-    *(wrong_collectives, wrong_optimizers, uneven_join),
+    *(wrong_collectives, wrong_optimizers, uneven_join, uneven_training),
 ]
 
 

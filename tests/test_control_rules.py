@@ -294,7 +294,7 @@ def test_a_followed_round_ends_after_the_longest_length() -> None:
     assert list(decisions(talk.arrive(1, 1))) == [1]
     assert told(talk.say(1, "Done", step=1)) == []
     over = talk.say(1, "Sync", have=2)
-    assert over == [(1, {"channel": 0, "outlook": {"round_end": 2, "all_have": 1}, "message": "Over"})]
+    assert over == [(1, {"channel": 0, "round": 0, "outlook": {"round_end": 2, "all_have": 1}, "message": "Over"})]
     assert told(talk.say(0, "Sync", have=1)) == [(0, "History")]
     assert told(talk.say(0, "Sync", have=2)) == [(0, "Over")]
     assert [record["step"] for record in talk.recorded("round_over")] == [2]
@@ -323,6 +323,33 @@ def test_with_unknown_lengths_a_round_ends_when_all_are_away() -> None:
     talk.say(0, "Away")
     assert talk.say(0, "Sync", have=1) == []
     assert told(talk.say(1, "Away")) == [(0, "Over")]
+
+
+def test_who_has_joined_counts_as_zeros_and_applies_the_updates_of_the_others_until_all_have() -> None:
+    talk = Talk(3).open(required=3)
+    talk.final(0, 0, 1, 2)
+    talk.say(0, "Sync", have=1)
+    talk.say(0, "Join")
+    assert talk.say(0, "Sync", have=1) == []
+    talk.arrive(1, 1)
+    decided = decisions(talk.arrive(2, 1))
+    assert list(decided) == [1, 2] and decided[1]["samples"] == 3.0, "the mean is over all, as with Horovod"
+    talk.say(1, "Done", step=1)
+    assert told(talk.say(2, "Done", step=1)) == [(0, "History")]
+    talk.say(1, "Leave")  # and comes back: rounds that end meanwhile are nothing to rank 0
+    talk.say(2, "Leave")
+    assert told(talk.say(1, "Sync", have=2)) == [(1, "Over")]
+    assert told(talk.say(2, "Sync", have=2)) == [(2, "Over")]
+    assert talk.say(0, "Sync", have=2) == []
+    talk.final(2, 1, 2, round=1)
+    talk.say(1, "Join")
+    talk.say(0, "Sync", have=3)
+    said = talk.say(2, "Join")
+    assert told(said) == [(0, "Over"), *((rank, "Joined") for rank in range(3))]
+    assert said[0][1]["round"] == 1
+    assert told(talk.say(1, "Sync", have=3, round=1)) == [(1, "Over")]
+    assert list(decisions(talk.final(3, 0, 1, 2, round=2))) == []
+    assert talk.recorded("decision")[-1]["ranks"] == [0, 1, 2]
 
 
 def test_a_gradient_after_the_end_of_the_round_is_dropped_and_on_record() -> None:

@@ -64,7 +64,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "Late": place | {"newest": int64, "outlook": outlook},
     "History": {"channel": unsigned, "updates": st.lists(past, max_size=3), "outlook": outlook},
     "Resume": {"channel": unsigned, "outlook": outlook},
-    "Over": {"channel": unsigned, "outlook": outlook},
+    "Over": {"channel": unsigned, "round": int32, "outlook": outlook},
     "Joined": {"last": int32},
     "AllGone": {},
     "Pull": pull,

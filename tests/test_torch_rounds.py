@@ -207,3 +207,34 @@ def test_loops_that_are_left_early_skip_batches_or_accumulate() -> None:
         assert all(b == a + 1 for a, b in zip(numbers[::2], numbers[1::2], strict=True)), numbers
         check_equal(model, optimizer=optimizer)
     assert 0 < optimizer.global_step <= 12
+
+
+@pytest.mark.ranks(1, 2, 4)
+def test_join_lets_the_others_train_on(size: int) -> None:
+    hvd.init()
+    rank = hvd.rank()
+    faults.inject(faults.Delay(rank="rotate:4", ms=6, p=0.5))
+    for backup_workers in (0, 1) if size > 1 else (0,):
+        critic, critic_optimizer = make(backup_workers, seed=1)
+        maker, maker_optimizer = make(backup_workers, seed=2)
+        for epoch in range(3):
+            before = critic_optimizer.global_step, maker_optimizer.global_step
+            for number in range(4 * rank):  # rank 0 has no data at all
+                step_once(critic, critic_optimizer, number)
+                if number % 2:
+                    step_once(maker, maker_optimizer, number)
+            last = hvd.join()
+            assert 0 <= last < size and (backup_workers or last == size - 1)
+            check_equal(critic, maker, optimizer=critic_optimizer)
+            check_equal(critic, maker, optimizer=maker_optimizer)
+            if backup_workers == 0:
+                longest = 4 * (size - 1)
+                assert critic_optimizer.global_step == before[0] + longest, epoch
+                assert maker_optimizer.global_step == before[1] + longest // 2
+    loss_of(critic, batch(rank, 0)).backward()
+    with pytest.raises(hvd.UsageError, match=r"join\(\) between backward\(\) and step\(\)"):
+        hvd.join()
+    critic_optimizer.step()
+    with pytest.raises(hvd.UsageError, match=r"join\(\) inside a loop over follow\(\)"):
+        for _ in hvd.follow(range(1), critic_optimizer):
+            hvd.join()

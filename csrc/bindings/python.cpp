@@ -251,8 +251,7 @@ std::shared_ptr<PyEngine> in_process(PyHub& hub, int rank, const std::string& tr
   return std::make_shared<PyEngine>(engine);
 }
 
-int join(PyEngine& self) {
-  check(hvdb_join(self.engine));
+int joined(PyEngine& self) {
   int last = 0;
   wait_until_done([&](int64_t timeout_us) { return hvdb_joined(self.engine, timeout_us, &last); });
   return last;
@@ -313,7 +312,8 @@ NB_MODULE(_core, m) {
           },
           nb::arg("last"))
       .def("away", [](PyEngine& self) { check(hvdb_pause(self.engine)); })
-      .def("join", &join)
+      .def("join", [](PyEngine& self) { check(hvdb_join(self.engine)); })
+      .def("joined", &joined)
       .def("shutdown", &shut_down, nb::arg("failure") = "");
 
   nb::class_<PyChannel>(m, "Channel")

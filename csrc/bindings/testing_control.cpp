@@ -65,7 +65,7 @@ constexpr const char* field_names<History> = "History channel updates outlook";
 template <>
 constexpr const char* field_names<Resume> = "Resume channel outlook";
 template <>
-constexpr const char* field_names<Over> = "Over channel outlook";
+constexpr const char* field_names<Over> = "Over channel round outlook";
 template <>
 constexpr const char* field_names<Joined> = "Joined last";
 template <>

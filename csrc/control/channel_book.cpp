@@ -302,7 +302,9 @@ void ChannelBook::set_paused(int rank, bool paused, TimeUs now) {
 }
 
 void ChannelBook::set_joined(int rank, bool joined, TimeUs now) {
-  ranks_[static_cast<std::size_t>(rank)].joined = joined;
+  RankState& state = ranks_[static_cast<std::size_t>(rank)];
+  state.joined = joined;
+  if (joined) state.joined_in = rounds_.current();
   settle(now);
 }
 
@@ -317,8 +319,9 @@ bool ChannelBook::able(int rank) const {
 Step ChannelBook::all_have() const {
   Step least = open_step_;
   for (int r = 0; r < size_; ++r) {
-    const auto index = static_cast<std::size_t>(r);  // who has joined does not come back to this channel's steps
-    if (!gone_[index] && !ranks_[index].joined) least = std::min(least, ranks_[index].applied);
+    const auto index = static_cast<std::size_t>(r);
+    const bool is_left_out = kind_ == ChannelKind::collective && ranks_[index].joined;  // does not come back to these
+    if (!gone_[index] && !is_left_out) least = std::min(least, ranks_[index].applied);
   }
   return least;
 }
@@ -382,12 +385,14 @@ void ChannelBook::settle(TimeUs now) {
 
 bool ChannelBook::close_round_if_ended(TimeUs now) {
   // Without follow too: a step that is decided in part, and whose other contributors have left, is never completed.
-  bool all_away = true;
+  bool all_away = true, all_joined = true;
   bool anybody = false;
-  for (int r = 0; r < size_ && all_away; ++r) {
+  for (int r = 0; r < size_; ++r) {
     if (gone_[static_cast<std::size_t>(r)]) continue;
+    const RankState& rank = ranks_[static_cast<std::size_t>(r)];
     anybody = true;
-    all_away = ranks_[static_cast<std::size_t>(r)].away;
+    all_away = all_away && (rank.away || rank.joined);
+    all_joined = all_joined && rank.joined;
   }
   const auto planned = rounds_.planned_end(gone_);
   bool ended = (planned && open_step_ >= *planned) || (all_away && anybody);
@@ -412,8 +417,9 @@ bool ChannelBook::close_round_if_ended(TimeUs now) {
   for (RankState& rank : ranks_) {
     rank.away = false;
     rank.began.reset();
+    if (rank.joined && !all_joined) rank.joined_in = rounds_.current();
   }
-  return true;
+  return !all_joined;  // until they are back, nothing happens
 }
 
 bool ChannelBook::decide_what_can(TimeUs now) {
@@ -550,6 +556,10 @@ void ChannelBook::set_contributors(Decision& decision, const std::vector<Arrival
     decision.weights.push_back(arrival.message.samples);
     decision.samples += arrival.message.samples;
   }
+  if (kind_ == ChannelKind::training && options_.required == size_ && !arrivals.empty()) {
+    const auto joined = std::count_if(ranks_.begin(), ranks_.end(), [](const RankState& rank) { return rank.joined; });
+    decision.samples += static_cast<double>(joined) * decision.samples / static_cast<double>(arrivals.size());
+  }
   decision.metadata = arrivals.empty() ? "" : arrivals.front().message.metadata;
   const ScriptedDecision* scripted = script_ ? script_->find(decision.step, decision.scope) : nullptr;
   if (!scripted || scripted->contributors != decision.contributors) return;
@@ -635,7 +645,7 @@ void ChannelBook::answer(int to, TimeUs now) {
   RankState& rank = ranks_[static_cast<std::size_t>(to)];
   if (!rank.waiting || gone_[static_cast<std::size_t>(to)]) return;
   const Step have = rank.waiting->have;
-  const int round = rank.waiting->round;
+  const int round = std::max(rank.waiting->round, rank.joined_in);
   const auto reply = [&](auto message) {
     rank.waiting.reset();
     message.channel = id_;
@@ -661,7 +671,7 @@ void ChannelBook::answer(int to, TimeUs now) {
   } else if (rounds_.is_over(round)) {
     limit = rounds_.end_of(round);
     if (have >= limit) {
-      reply(Over{});
+      reply(Over{0, round, {}});
       rank.round = round + 1;
       return;
     }
@@ -690,7 +700,8 @@ void ChannelBook::answer(int to, TimeUs now) {
     reply(std::move(history));
     return;
   }
-  if (have < open_step_ || rank.away || kind_ == ChannelKind::collective) return;  // until something is final, or over
+  if (have < open_step_ || rank.away || rank.joined || kind_ == ChannelKind::collective)
+    return;                                      // until something is final, or over
   if (script_ && have < script_->end()) return;  // by the trace, it does not compute this step
   int could = 0;
   for (int r = 0; r < size_; ++r) could += able(r) ? 1 : 0;

@@ -56,8 +56,10 @@ class ChannelBook {
   void leave(int from, int round, TimeUs now);
   void gone(int from, const std::string& failure, TimeUs now);
 
-  // kind `collective` only: the rank is in a full collective / has joined, and so cannot contribute.
+  // kind `collective` only: the rank is in a full collective, and so cannot contribute.
   void set_paused(int rank, bool paused, TimeUs now);
+  // The rank contributes nothing more until all have joined, and with them the round is over; until then it applies the
+  // updates of the others. Without backup workers it counts as a gradient of zeros, as with Horovod.
   void set_joined(int rank, bool joined, TimeUs now);
 
   // For Coordinator::untangle. Who waits for the decision of the open step, and does nothing else meanwhile; whether
@@ -86,6 +88,7 @@ class ChannelBook {
     Step arrived = -1;         // the last step that it has arrived at
     bool meets = false;        // its program is to see this very step, where all meet
     int round = 0;
+    int joined_in = -1;                 // the newest round in which it had joined
     int misses = 0;                     // in a row
     std::optional<TimeUs> resumed_at;   // it was late, and told to start on the step for which it arrives next
     std::optional<TimeUs> began;        // with what it computes now

@@ -87,9 +87,8 @@ void Coordinator::open(int from, const Open& message, TimeUs now) {
     for (int r = 0; r < size_; ++r) {
       const auto index = static_cast<std::size_t>(r);
       if (gone_[index]) created.gone(r, failures_[index], now);
-      if (created.kind() != ChannelKind::collective) continue;
       if (joined_[index]) created.set_joined(r, true, now);
-      if (paused_[index]) created.set_paused(r, true, now);
+      if (paused_[index] && created.kind() == ChannelKind::collective) created.set_paused(r, true, now);
     }
   }
   book(entry->second).open(from, message, now);
@@ -134,9 +133,7 @@ void Coordinator::pause(int from, bool paused, TimeUs now) {
 void Coordinator::join(int from, TimeUs now) {
   joined_[static_cast<std::size_t>(from)] = true;
   last_joined_ = from;
-  for (auto& channel : books_) {
-    if (channel->kind() == ChannelKind::collective) channel->set_joined(from, true, now);
-  }
+  for (auto& channel : books_) channel->set_joined(from, true, now);
   release_joined(now);
 }
 
@@ -153,9 +150,7 @@ void Coordinator::release_joined(TimeUs now) {
     const auto index = static_cast<std::size_t>(r);
     if (!joined_[index]) continue;
     joined_[index] = false;
-    for (auto& channel : books_) {
-      if (channel->kind() == ChannelKind::collective) channel->set_joined(r, false, now);
-    }
+    for (auto& channel : books_) channel->set_joined(r, false, now);
     if (!gone_[index]) out_.replies.push_back({r, Joined{last_joined_}});
   }
 }

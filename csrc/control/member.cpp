@@ -257,7 +257,7 @@ void Member::receive(const Over& message) {
   sync_sent_ = false;
   over_ = !leaving_;
   leaving_ = false;
-  ++round_;
+  round_ = message.round + 1;
   ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}, 0};
 }
 

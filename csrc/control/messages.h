@@ -276,10 +276,11 @@ struct Resume {
 
 struct Over {
   ChannelId channel = 0;
+  std::int32_t round = 0;  // that is over; a rank that has joined hears only of the last one
   Outlook outlook;
   template <class A>
   void fields(A& a) {
-    a(channel), a(outlook);
+    a(channel), a(round), a(outlook);
   }
 };
 

@@ -121,8 +121,9 @@ def barrier(process_set: Any = None) -> None:
 def join(device: int = -1) -> int:
     """For uneven data: this rank's part is over; returns when all ranks have joined.
 
-    Until then allreduce of the others goes on; Horovod's counts a rank that has joined as zeros, an optimizer's
-    update is the mean over those that have not.
+    Until then allreduce and the training of the others go on, and this rank applies their updates. In Horovod's
+    allreduce, and in updates without backup workers, a rank that has joined counts as zeros; with backup workers an
+    update is the mean over its contributors, as always.
 
     Args:
         device: Horovod's; for tensors on a GPU.
@@ -134,14 +135,14 @@ def join(device: int = -1) -> int:
         return context.current().join()
     import threading
 
-    horovod = HOROVOD.start()
-    last: list[int] = []
-    theirs = threading.Thread(target=lambda: last.append(horovod.join(device)), daemon=True)
-    context.current().before_full_collective("join()")
-    theirs.start()  # Horovod's collectives of the others go on meanwhile, and so do our updates
-    context.current().join()
+    here = context.current()
+    here.begin_join()
+    # Horovod's collectives of the others go on meanwhile. It may not have been started yet, which takes all ranks.
+    theirs = threading.Thread(target=lambda: HOROVOD.start().join(device), daemon=True)
+    theirs.start()
+    last = here.end_join()
     theirs.join()
-    return last[0]
+    return last
 
 
 def synchronize(handle: Any) -> Any:
