@@ -102,7 +102,7 @@ $(VENV)/.installed: $(VENV)/.packages $(sources)
 	@cat $(build)/summary.txt
 	@touch $@
 
-# Built from source once; the wheel is kept in ~/.cache/hvd_backup.
-$(VENV)/.horovod: $(VENV)/.packages tools/install_horovod.py
+# For both frameworks, built from source once; the wheel is kept in ~/.cache/hvd_backup.
+$(VENV)/.horovod: $(VENV)/.tensorflow tools/install_horovod.py
 	@$(python) tools/install_horovod.py
 	@touch $@
