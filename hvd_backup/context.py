@@ -135,6 +135,8 @@ class Context:
             UsageError: an optimizer with backup workers is inside a followed loop, where ranks skip batches and so
                 would call `what` unequally often.
         """
+        if not self._participants:
+            return
         self._refuse_within_loop(what)
         participants: list[Participant] = list(self._participants)
         for participant in participants:

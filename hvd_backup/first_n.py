@@ -13,11 +13,10 @@ instead of leaving everybody to wait for somebody who calls something else.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,29 +124,30 @@ class _Line:
         if self.failure:
             raise HvdBackupError(self.failure)
         self.running = handle
-        with self._remembered_failure():
+        try:
             self._channel.begin(1.0, b"")
             self._channel.submit(0, contribution, result, wait_follows)
+        except HvdBackupError as error:
+            self._remember(error)
+            raise
 
     def poll(self) -> bool:
         return bool(self.failure) or self._channel.poll()
 
     def take(self) -> tuple[int, ...]:
-        with self._remembered_failure():
+        try:
             update = self._channel.wait()
+        except HvdBackupError as error:
+            self._remember(error)
+            raise
         if update.kind != "update":
             raise HvdBackupError(f"the engine answered a collective with {update.kind!r}; please report this")
         self.running = None
         return tuple(update.contributors[0])
 
-    @contextlib.contextmanager
-    def _remembered_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except HvdBackupError as error:
-            self.failure = str(error)
-            self.running, self._abandoned = None, self.running
-            raise
+    def _remember(self, error: HvdBackupError) -> None:
+        self.failure = str(error)
+        self.running, self._abandoned = None, self.running
 
 
 class Collectives:

@@ -148,21 +148,21 @@ def test_before_a_step_has_been_timed_a_rank_starts_at_once() -> None:
 LONGEST = {Expecting.transfer: 50, Expecting.message: 200, Expecting.nothing: 2000}
 
 
-@given(st.integers(0, 10**7), st.sampled_from(list(LONGEST)))
-def test_naps_delay_by_two_percent_of_the_idle_time(idle_us: int, expecting: Expecting) -> None:
-    nap = nap_us(idle_us, expecting)
-    if idle_us < 200:
+@given(st.integers(0, 10**7), st.sampled_from(list(LONGEST)), st.integers(0, 1000))
+def test_naps_delay_by_two_percent_of_the_idle_time(idle_us: int, expecting: Expecting, spins_us: int) -> None:
+    nap = nap_us(idle_us, expecting, spins_us)
+    if idle_us < spins_us:
         assert nap == 0
     else:
         assert 50 <= nap <= max(50, idle_us // 50)
         assert nap <= LONGEST[expecting]
-    assert nap_us(idle_us + 1, expecting) >= nap
+    assert nap_us(idle_us + 1, expecting, spins_us) >= nap
 
 
 @pytest.mark.parametrize(("expecting", "longest"), LONGEST.items())
 def test_the_longest_nap(expecting: Expecting, longest: int) -> None:
-    assert nap_us(50 * longest, expecting) == nap_us(10**9, expecting) == longest
-    assert longest == 50 or nap_us(50 * longest - 1, expecting) == longest - 1
+    assert nap_us(50 * longest, expecting, 200) == nap_us(10**9, expecting, 200) == longest
+    assert longest == 50 or nap_us(50 * longest - 1, expecting, 200) == longest - 1
 
 
 # --- rounds -------------------------------------------------------------------------------------------------------

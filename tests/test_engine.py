@@ -289,7 +289,8 @@ def test_a_joined_rank_is_not_waited_for_and_all_learn_who_joined_last() -> None
 
         assert contributors("before") == [0, 1, 2]
         seen = [] if engine.rank != 1 else contributors("while the others have joined")
-        last = engine.join()
+        engine.join()
+        last = engine.joined()
         assert contributors("after") == [0, 1, 2]
         return seen, last
 

@@ -12,9 +12,9 @@ Its last release (2023) is a source package that no longer builds as it is. What
 - Run paths relative to the library, so that a wheel works in another virtual environment than that which built it, and
   finds the MPI of that one: two copies of an MPI library in a process do not know each other.
 
-It is built for those of the two frameworks that are installed, in three minutes on two cores for both. The wheel is kept
-in $XDG_CACHE_HOME/hvd_backup (otherwise ~/.cache/hvd_backup), under a name made of all that it depends on, and is taken
-from there the next time. Needs make, g++, and the mpicxx of that MPI first on PATH.
+It is built for those of the two frameworks that are installed, in three minutes on two cores for both. The wheel is
+kept in $XDG_CACHE_HOME/hvd_backup (otherwise ~/.cache/hvd_backup), under a name made of all that it depends on, and is
+taken from there the next time. Needs make, g++, and the mpicxx of that MPI first on PATH.
 
     python tools/install_horovod.py            # installs; does nothing when the right one is installed
     python tools/install_horovod.py --rebuild  # builds it anew

@@ -30,7 +30,8 @@ constexpr const char* field_names = nullptr;
 template <>
 constexpr const char* field_names<Open> = "Open name kind description proposal options wait_for_all";
 template <>
-constexpr const char* field_names<Arrive> = "Arrive channel step scope base round scopes buckets samples metadata";
+constexpr const char* field_names<Arrive> =
+    "Arrive channel step scope base round scopes buckets samples metadata payload";
 template <>
 constexpr const char* field_names<Withdraw> = "Withdraw channel step scope";
 template <>
@@ -57,7 +58,7 @@ template <>
 constexpr const char* field_names<Failed> = "Failed name reason";
 template <>
 constexpr const char* field_names<Decision> =
-    "Decision channel step scope attempt tag contributors weights samples required metadata outlook";
+    "Decision channel step scope attempt tag contributors weights samples required metadata result outlook";
 template <>
 constexpr const char* field_names<Late> = "Late channel step scope newest outlook";
 template <>
@@ -345,7 +346,7 @@ void register_policies(nb::module_& module) {
       .value("nothing", Expecting::nothing)
       .value("message", Expecting::message)
       .value("transfer", Expecting::transfer);
-  module.def("nap_us", &nap_us, "idle_us"_a, "expecting"_a);
+  module.def("nap_us", &nap_us, "idle_us"_a, "expecting"_a, "spins_us"_a);
   nb::class_<Rounds>(module, "Rounds")
       .def(nb::init<int>(), "size"_a)
       .def_prop_ro("current", &Rounds::current)

@@ -562,10 +562,18 @@ void ChannelBook::set_contributors(Decision& decision, const std::vector<Arrival
   }
   decision.metadata = arrivals.empty() ? "" : arrivals.front().message.metadata;
   const ScriptedDecision* scripted = script_ ? script_->find(decision.step, decision.scope) : nullptr;
-  if (!scripted || scripted->contributors != decision.contributors) return;
-  decision.weights = scripted->weights;
-  decision.samples = std::accumulate(decision.weights.begin(), decision.weights.end(), 0.0);
-  decision.metadata = scripted->metadata;
+  if (scripted && scripted->contributors == decision.contributors) {
+    decision.weights = scripted->weights;
+    decision.samples = std::accumulate(decision.weights.begin(), decision.weights.end(), 0.0);
+    decision.metadata = scripted->metadata;
+  }
+  decision.result.clear();
+  std::vector<std::string> payloads;
+  for (const Arrival& arrival : arrivals) {
+    if (arrival.message.payload.empty()) return;
+    payloads.push_back(arrival.message.payload);
+  }
+  if (out_.combine && !payloads.empty()) decision.result = out_.combine(decision, payloads);
 }
 
 void ChannelBook::send_decision(const Decision& decision) {

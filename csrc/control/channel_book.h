@@ -24,8 +24,12 @@ struct Reply {
   Message message;
 };
 
+// What the payloads of a decision's contributors, in their order, make: empty if they don't fit together.
+using Combine = std::function<std::string(const Decision& decision, const std::vector<std::string>& payloads)>;
+
 // Collects what a book has to say during one event; shared by all books of a coordinator.
 struct Outbox {
+  Combine combine;  // empty: payloads are not used
   std::vector<Reply> replies;
   std::vector<Record> records;
   bool measured = false;  // the squared norms of gradients are wanted

@@ -5,7 +5,7 @@
 
 namespace hvd_backup {
 
-Coordinator::Coordinator(int size, std::int32_t tag_limit, bool measured)
+Coordinator::Coordinator(int size, std::int32_t tag_limit, bool measured, Combine combine)
     : size_(size),
       tag_limit_(tag_limit),
       joined_(static_cast<std::size_t>(size), false),
@@ -13,6 +13,7 @@ Coordinator::Coordinator(int size, std::int32_t tag_limit, bool measured)
       gone_(static_cast<std::size_t>(size), false),
       failures_(static_cast<std::size_t>(size)) {
   out_.measured = measured;
+  out_.combine = std::move(combine);
 }
 
 ChannelBook& Coordinator::book(ChannelId id) {

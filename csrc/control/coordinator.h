@@ -17,8 +17,8 @@ namespace hvd_backup {
 class Coordinator {
  public:
   // Tags of transfers that decisions hand out run from 0 to tag_limit - 1. measured: whether squared norms of gradients
-  // are wanted in the records.
-  Coordinator(int size, std::int32_t tag_limit, bool measured = false);
+  // are wanted in the records. combine: what is made of small contributions, which come with the arrivals.
+  Coordinator(int size, std::int32_t tag_limit, bool measured = false, Combine combine = {});
   Coordinator(const Coordinator&) = delete;
   Coordinator& operator=(const Coordinator&) = delete;
 

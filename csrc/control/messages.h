@@ -77,9 +77,10 @@ struct Arrive {
   std::int32_t buckets = 1;
   double samples = 1.0;
   std::string metadata;  // opaque; that of the lowest contributor to scope 0 is the update's
+  std::string payload;   // opaque; of a small contribution, all of it: if all have sent theirs, see Decision::result
   template <class A>
   void fields(A& a) {
-    a(channel), a(step), a(scope), a(base), a(round), a(scopes), a(buckets), a(samples), a(metadata);
+    a(channel), a(step), a(scope), a(base), a(round), a(scopes), a(buckets), a(samples), a(metadata), a(payload);
   }
 };
 
@@ -223,11 +224,12 @@ struct Decision {
   double samples = 0;           // their sum
   std::int32_t required = 0;    // N
   std::string metadata;
+  std::string result;  // opaque; what the payloads of the contributors make: nothing is exchanged any more
   Outlook outlook;
   template <class A>
   void fields(A& a) {
     a(channel), a(step), a(scope), a(attempt), a(tag), a(contributors), a(weights), a(samples), a(required);
-    a(metadata), a(outlook);
+    a(metadata), a(result), a(outlook);
   }
 };
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <type_traits>
 
 #include "collective/allreduce.h"
@@ -22,8 +23,10 @@ namespace {
 constexpr TimeUs patience_factor = 8;
 constexpr TimeUs least_patience_us = 20'000;  // scheduling noise on a crowded machine
 
-// The engine thread looks again after this time whether a training thread still takes the turns.
-constexpr TimeUs short_drive_us = 500;
+// The engine thread takes the turns when no training thread has done so for this time; it looks so often, too, until
+// one has driven for long.
+constexpr TimeUs handover_us = 300;
+constexpr TimeUs long_drive_us = 5000;
 
 template <class Body>
 concept NamesChannelById = requires(Body body) { body.channel; };
@@ -66,6 +69,35 @@ class PreciseNaps {
 #endif
 };
 
+// What fits, with the rest of the message, into one that MPI sends without asking the receiver first.
+constexpr std::size_t most_payload_bytes = 4096;
+
+// The elements, and behind them what they are and what becomes of them.
+std::string payload_of(const Bucket& bucket, bool average) {
+  std::string payload(static_cast<const char*>(bucket.contribution), bucket.bytes());
+  payload.push_back(static_cast<char>(bucket.layout.dtype));
+  payload.push_back(average && !is_integer(bucket.layout.dtype) ? 1 : 0);
+  return payload;
+}
+
+// The Coordinator's Combine.
+std::string combine_payloads(const Decision& decision, const std::vector<std::string>& payloads) {
+  if (payloads.front().size() <= 2) return {};
+  const std::string form = payloads.front().substr(payloads.front().size() - 2);
+  const auto dtype = static_cast<DataType>(form.front());
+  const bool average = form.back() != 0;
+  std::vector<const void*> sources;
+  for (const std::string& payload : payloads) {
+    if (payload.size() != payloads.front().size() || !payload.ends_with(form)) return {};
+    sources.push_back(payload.data());
+  }
+  std::string result(payloads.front().size() - 2, '\0');
+  const std::vector<double> weights = average ? decision.weights : std::vector<double>(payloads.size(), 1.0);
+  weighted_sum(dtype, result.data(), sources, weights, average ? 1.0 / decision.samples : 1.0,
+               result.size() / size_of(dtype));
+  return result;
+}
+
 double unix_s() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
 void report(int rank, const std::string& text) {
@@ -84,7 +116,9 @@ Engine::Engine(std::unique_ptr<Transport> transport, const EngineFiles& files)
       trace_(rank_ == 0 ? files.trace : "", header_),
       timeline_(rank_ == 0 ? files.timeline : "", size_, header_.began_us),
       recording_(header_) {
-  if (rank_ == 0) coordinator_ = std::make_unique<Coordinator>(size_, tag_limit_, !files.trace.empty());
+  if (rank_ == 0) {
+    coordinator_ = std::make_unique<Coordinator>(size_, tag_limit_, !files.trace.empty(), combine_payloads);
+  }
   thread_ = std::thread([this] { run(); });
 }
 
@@ -109,9 +143,21 @@ void Engine::mark_dirty(Channel& channel) {
 void Engine::say(Message message) {
   for (auto& channel : channels_) {
     if (!channel->opened) continue;
-    for (Message& earlier : channel->member.take_messages()) outgoing_.push_back(std::move(earlier));
+    for (Message& earlier : take_messages(*channel)) outgoing_.push_back(std::move(earlier));
   }
   outgoing_.push_back(std::move(message));
+}
+
+// Small contributions go with the arrival, and come back summed with the decision: a chain of two messages, not three.
+std::vector<Message> Engine::take_messages(Channel& channel) {
+  std::vector<Message> messages = channel.member.take_messages();
+  if (channel.buckets.size() != 1 || channel.measured) return messages;
+  const Bucket& only = channel.buckets.front();
+  if (!only.submitted || only.bytes() == 0 || only.bytes() > most_payload_bytes) return messages;
+  for (Message& message : messages) {
+    if (Arrive* arrive = std::get_if<Arrive>(&message)) arrive->payload = payload_of(only, channel.average);
+  }
+  return messages;
 }
 
 void Engine::wake() {
@@ -357,13 +403,16 @@ void Engine::run() {
   TimeUs lingering_since = -1;
   while (!stop_) {
     std::unique_lock lock(mutex_);
-    if (driven_) {
-      // A short drive ends without a word: to wake this thread every time would cost as much as it saves.
-      if (!wake_engine_.wait_for(lock, std::chrono::microseconds(short_drive_us),
-                                 [this] { return !driven_ || stop_; })) {
+    // A drive ends without a word, and another one may follow at once: to wake this thread every time would cost more
+    // than it saves, most of all where threads share cores.
+    if (driven_ || (!woken_ && monotonic_us() - driven_until_ < handover_us)) {
+      const auto called = [this] { return stop_ || (woken_ && !driven_); };
+      if (driven_ && monotonic_us() - driven_since_ > long_drive_us) {
         asleep_ = true;
-        wake_engine_.wait(lock, [this] { return !driven_ || stop_; });
+        wake_engine_.wait(lock, called);
         asleep_ = false;
+      } else {
+        wake_engine_.wait_for(lock, std::chrono::microseconds(handover_us), called);
       }
       pace.idle_since = std::max(pace.idle_since, driven_until_);
       continue;
@@ -376,7 +425,7 @@ void Engine::run() {
       if (lingering_since < 0) lingering_since = pace.now;
       if (pace.pending == 0 || pace.now - lingering_since > 1'000'000) break;
     }
-    if (!driven_) rest(lock, wake_engine_, pace);
+    if (!driven_) rest(lock, wake_engine_, pace, engine_thread_spins_us);
   }
   const std::scoped_lock lock(mutex_);
   ended_ = true;
@@ -390,18 +439,18 @@ void Engine::drive(std::unique_lock<std::mutex>& lock, Channel& channel, TimeUs 
   const PreciseNaps precise;
   Pace pace{monotonic_us()};
   driven_ = true;
+  driven_since_ = monotonic_us();
   while (true) {
     lock.unlock();
     take_turn(pace);
     lock.lock();
     if (channel.member.next() || !channel.failure.empty() || !failure_.empty() || stop_ || pace.now >= deadline) break;
     if (pace.worked) mark_dirty(channel);  // next() may have found something to ask for
-    rest(lock, wake_driver_, pace);
+    rest(lock, wake_driver_, pace, waiting_thread_spins_us);
   }
   driven_ = false;
   driven_until_ = pace.now;
-  const bool others_wait = waiting_ > 1 || (coordinator_ && coordinator_->anybody_waits());
-  if (asleep_ || pace.pending > 0 || others_wait) wake();
+  if (asleep_ || waiting_ > 1) wake();
 }
 
 // One turn of the loop, once whoever has the turn has ended it.
@@ -420,13 +469,14 @@ void Engine::take_turn(Pace& pace) {
 }
 
 // Between two turns, with the mutex held.
-void Engine::rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace) {
+void Engine::rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace,
+                  TimeUs spins_us) {
   if (std::exchange(woken_, false) || pace.worked || stop_) return;
   const bool somebody_waits = waiting_ > 0 || (coordinator_ && coordinator_->anybody_waits());
   const Expecting expecting = pace.pending > 0 ? Expecting::transfer
                               : somebody_waits ? Expecting::message
                                                : Expecting::nothing;
-  TimeUs nap = nap_us(pace.now - pace.idle_since, expecting);
+  TimeUs nap = nap_us(pace.now - pace.idle_since, expecting, spins_us);
   if (coordinator_) {
     if (const auto deadline = coordinator_->next_deadline())
       nap = std::min(nap, std::max<TimeUs>(*deadline - pace.now, 0));
@@ -561,7 +611,7 @@ void Engine::collect(Channel& channel, Work& work) {
   if (!channel.opened) {  // its messages wait for its number
     return;
   }
-  for (Message& message : channel.member.take_messages()) work.messages.push_back({0, std::move(message)});
+  for (Message& message : take_messages(channel)) work.messages.push_back({0, std::move(message)});
   for (Decision& decision : channel.member.take_reductions()) {
     Reduction& reduction = channel.reductions[decision.scope];
     if (reduction.left > 0) retire(channel, reduction);
@@ -609,6 +659,12 @@ void Engine::send(int to, const Message& message) {
 void Engine::start_reduction(const Start& start) {
   const Decision& decision = start.decision;
   const Bucket& bucket = start.channel->buckets[static_cast<std::size_t>(start.bucket)];
+  if (!decision.result.empty()) {
+    if (decision.result.size() != bucket.bytes()) throw RuntimeFailure("malformed message: a result of another size");
+    std::memcpy(bucket.result, decision.result.data(), bucket.bytes());
+    bucket_reduced(*start.channel, decision, nullptr);
+    return;
+  }
   AllreduceOptions options;
   options.members.assign(decision.contributors.begin(), decision.contributors.end());
   options.weights = decision.weights;

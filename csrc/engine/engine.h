@@ -140,7 +140,7 @@ class Engine {
   void drive(std::unique_lock<std::mutex>& lock, Channel& channel, TimeUs deadline);
   void take_turn(Pace& pace);
   bool turn();
-  void rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace);
+  void rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace, TimeUs spins_us);
   void withdraw(Channel& channel, bool also_complete);
   void receive(int from, const Message& message, TimeUs now);
   void serve(int from, const Pull& pull);
@@ -148,6 +148,7 @@ class Engine {
   void collect(Channel& channel, Work& work);
   void carry_out(Work work, TimeUs now);
   void send(int to, const Message& message);
+  std::vector<Message> take_messages(Channel& channel);
   void start_reduction(const Start& start);
   void bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms);
   void retire(Channel& channel, Reduction& reduction);
@@ -199,6 +200,7 @@ class Engine {
   bool woken_ = false;
   bool driven_ = false;      // a training thread takes the turns
   bool asleep_ = false;      // the engine thread will not look again by itself
+  TimeUs driven_since_ = 0;  // when the last one began
   TimeUs driven_until_ = 0;  // when the last one ceased to
   std::mutex turn_mutex_;
   std::atomic<bool> stop_{false};

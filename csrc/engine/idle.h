@@ -13,8 +13,10 @@ namespace hvd_backup {
 
 // Until then a thread that has nothing to do yields instead of sleeping: a reply within a data exchange takes that
 // long when threads share cores. A small allreduce is a chain of a few messages; with a nap in each link it takes twice
-// as long. It costs no more than two short naps after each burst of work.
-inline constexpr TimeUs spin_us = 200;
+// as long, and once one rank naps, the others wait long enough to nap, too. A training thread that waits has nothing
+// better to do with its core than to yield it; the engine thread may be in the way of one that computes.
+inline constexpr TimeUs waiting_thread_spins_us = 500;
+inline constexpr TimeUs engine_thread_spins_us = 200;
 
 enum class Expecting {
   nothing,   // the training thread computes
@@ -23,8 +25,8 @@ enum class Expecting {
 };
 
 // 0: yield.
-inline TimeUs nap_us(TimeUs idle_us, Expecting expecting) {
-  if (idle_us < spin_us) return 0;
+inline TimeUs nap_us(TimeUs idle_us, Expecting expecting, TimeUs spins_us) {
+  if (idle_us < spins_us) return 0;
   const TimeUs longest = expecting == Expecting::transfer ? 50 : expecting == Expecting::message ? 200 : 2000;
   return std::clamp<TimeUs>(idle_us / 50, 50, longest);
 }

@@ -63,7 +63,11 @@ def allreduce(
         HvdBackupError: ranks differ in what they call, or a rank has left.
     """
     compressed, ctx = compression.compress(tensor)
-    reduced = _apply(_Allreduce, compressed, average, name, op, prescale_factor, postscale_factor, process_set)
+    arguments = (average, name, op, prescale_factor, postscale_factor, process_set)
+    if isinstance(compressed, torch.Tensor) and not compressed.requires_grad:  # autograd takes a third of the time
+        reduced = _start_allreduce(compressed, *arguments, wait_follows=True).wait()
+    else:
+        reduced = _apply(_Allreduce, compressed, *arguments)
     return compression.decompress(reduced, ctx)
 
 
