@@ -83,7 +83,8 @@ def test_horovods_own_keras_optimizer_does_not() -> None:
 
 
 def test_what_is_horovods_own() -> None:
-    values = run_ranks(2, BESIDE, env={"HVD_BACKUP_HOROVOD": "auto", "TF_CPP_MIN_LOG_LEVEL": "2"})
+    env = {"HVD_BACKUP_HOROVOD": "auto", "HOROVOD_DYNAMIC_PROCESS_SETS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    values = run_ranks(2, BESIDE, env=env)
     if not has_tensorflow():
         assert all("hvd_backup.tensorflow.add_process_set is Horovod's own" in value for value in values), values
         return
