@@ -3,6 +3,9 @@
 keras_cases.py has what they do, in one launch for each backend; here is what must be true of it.
 """
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -188,3 +191,10 @@ def test_errors_with_tensorflow(tensorflow_results: Results, case: str, said: st
 def test_errors_with_pytorch(keras_torch_results: Results) -> None:
     for told in of(keras_torch_results, "wrong_shape"):
         assert isinstance(told, str) and "the gradient of a has shape (3,), the variable (2,)" in told, told
+
+
+def test_another_backend_of_keras_is_refused() -> None:
+    command = [sys.executable, "-c", "import hvd_backup.keras"]
+    env = {**os.environ, "KERAS_BACKEND": "numpy"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert "works with Keras on TensorFlow or PyTorch, but its backend is numpy" in done.stderr

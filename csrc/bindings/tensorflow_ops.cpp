@@ -60,7 +60,7 @@ class Submit : public tf::OpKernel {
                 absl::InvalidArgumentError("hvd_backup: the gradients of bucket " + std::to_string(bucket_) +
                                            " have other shapes than their variables"));
     const std::string error =
-        stream->submit(bucket_, bucket.contribution, bucket.result, hyperparameters.flat<double>().data());
+        stream->submit(bucket_, bucket.contribution, bucket.result, hyperparameters.flat<double>().data(), false);
     OP_REQUIRES(context, error.empty(), failure(error));
   }
 
@@ -147,7 +147,7 @@ class FirstN : public tf::AsyncOpKernel {
       const tf::Tensor& tensor = context->input(i);
       tf::Tensor* result = nullptr;
       OP_REQUIRES_OK_ASYNC(context, context->allocate_output(i, tensor.shape(), &result), done);
-      const std::string error = stream->submit(i, tensor.data(), result->data(), nullptr);
+      const std::string error = stream->submit(i, tensor.data(), result->data(), nullptr, true);
       OP_REQUIRES_ASYNC(context, error.empty(), failure(error), done);
     }
     stream->take([context, done = std::move(done)](const Outcome& outcome) {

@@ -60,7 +60,8 @@ void Stream::set_samples(double samples) {
   samples_ = samples;
 }
 
-std::string Stream::submit(int index, const void* contribution, void* result, const double* hyperparameters) {
+std::string Stream::submit(int index, const void* contribution, void* result, const double* hyperparameters,
+                           bool take_follows) {
   const std::scoped_lock lock(mutex_);
   if (busy_) return under_way;
   if (interrupted_) return interrupt_waits() ? "" : interrupted;
@@ -69,7 +70,7 @@ std::string Stream::submit(int index, const void* contribution, void* result, co
     if (core_.begin(channel_, samples_, sent.data(), sent.size()) != HVDB_OK) return core_.last_error();
     begun_ = in_step_ = true;
   }
-  return core_.submit(channel_, index, contribution, result, 0) == HVDB_OK ? "" : core_.last_error();
+  return core_.submit(channel_, index, contribution, result, take_follows ? 1 : 0) == HVDB_OK ? "" : core_.last_error();
 }
 
 void Stream::take(Done done) {

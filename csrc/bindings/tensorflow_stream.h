@@ -52,7 +52,9 @@ class Stream {
   void set_samples(double samples);
   // Copies nothing: bucket `index` is handed over from and to these addresses. The first one of a step sends the
   // hyperparameters along. Returns the error, empty when there is none. Does nothing when a wait was given up just now.
-  std::string submit(int index, const void* contribution, void* result, const double* hyperparameters);
+  // take_follows: at once, so that the engine's own thread need not be told.
+  std::string submit(int index, const void* contribution, void* result, const double* hyperparameters,
+                     bool take_follows);
   // Calls `done` from this stream's thread when there is an update to take; at once if another call is under way.
   void take(Done done);
   // What the last update was, as JSON, for Python.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,11 @@ class TorchUpdates(KerasUpdates):
         self._buckets: Buckets | None = None
 
     # --- KerasUpdates ---
+
+    @torch.compiler.disable  # Keras compiles the whole train_step with jit_compile=True; this part runs as it is
+    def exchange(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        """See KerasUpdates."""
+        super().exchange(gradients, variables)
 
     def _prepare(self, gradient: Any, variable: Any) -> torch.Tensor:
         parameter, name = variable.value, name_of(variable)
