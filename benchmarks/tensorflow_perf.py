@@ -4,7 +4,7 @@
 
 Definition. Ops: a block is a tf.function with a number of allreduces, one after the other; its time is that of the
 slowest rank, the time of an op is that of the block divided by the ops. Results are verified in every block. Horovod's
-op is measured in the same rounds when Horovod is there with TensorFlow (tools/install_horovod.py --tensorflow); it is
+op is measured in the same rounds when Horovod is there with TensorFlow; it is
 started and shut down in every round, since its background thread takes part of the cores.
 
 step: a tf.function with two layers of 150,000 weights, a batch of 8, and momentum, nobody late, no backup workers: with

@@ -202,7 +202,7 @@ class Training(UpdateStream):
 
     def begin_join(self) -> None:
         """This rank is about to join(): what others contribute from now on, finish_round() applies."""
-        if self._following:
+        if self.in_followed_round():
             raise UsageError(
                 "join() inside a loop over follow(), which is for uneven data itself: call it after the loop"
             )

@@ -1,6 +1,6 @@
 """Every public name of horovod.tensorflow, horovod.keras and horovod.tensorflow.keras is there, with its arguments.
 
-Read from the source of the Horovod that is installed, so a Horovod that was built without TensorFlow does.
+Read from the source of the Horovod that is installed, which need not fit the TensorFlow that is.
 """
 
 import ast

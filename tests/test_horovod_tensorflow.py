@@ -1,13 +1,5 @@
-"""Beside a Horovod with TensorFlow: what it does not do, and what of it our modules use.
+"""Beside a Horovod with TensorFlow: what it does not do, and what of it our modules use."""
 
-`make test` builds Horovod without TensorFlow, for its time; then the same names say so.
-tools/install_horovod.py --tensorflow builds it with TensorFlow.
-"""
-
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 from tests.launch import run_ranks
@@ -36,29 +28,19 @@ import hvd_backup.tensorflow as hvd
 hvd.init()
 rank = hvd.rank()
 mine = tf.constant([1.0 + rank, 2.0])
-try:
-    only = hvd.add_process_set([1])
-    result = {
-        "alltoall": hvd.alltoall(mine, splits=[1, 1])[0].numpy().tolist(),
-        "grouped": [each.numpy().tolist() for each in hvd.grouped_allreduce([mine, mine], op=hvd.Sum)],
-        "max": hvd.allreduce(mine, op=hvd.Max).numpy().tolist(),
-        "sparse": tf.convert_to_tensor(
-            hvd.allreduce(tf.IndexedSlices(mine[None], tf.constant([rank]), tf.constant([2, 2])), op=hvd.Sum)
-        ).numpy().tolist(),
-        "one": hvd.allreduce(mine, op=hvd.Sum, process_set=only).numpy().tolist() if rank == 1 else None,
-        "reducescatter": hvd_backup.keras.reducescatter(mine, op=hvd.Sum).numpy().tolist(),
-        "ours": hvd.allreduce(mine, op=hvd.Sum).numpy().tolist(),
-    }
-except AttributeError as error:
-    result = str(error)
+only = hvd.add_process_set([1])
+result = {
+    "alltoall": hvd.alltoall(mine, splits=[1, 1])[0].numpy().tolist(),
+    "grouped": [each.numpy().tolist() for each in hvd.grouped_allreduce([mine, mine], op=hvd.Sum)],
+    "max": hvd.allreduce(mine, op=hvd.Max).numpy().tolist(),
+    "sparse": tf.convert_to_tensor(
+        hvd.allreduce(tf.IndexedSlices(mine[None], tf.constant([rank]), tf.constant([2, 2])), op=hvd.Sum)
+    ).numpy().tolist(),
+    "one": hvd.allreduce(mine, op=hvd.Sum, process_set=only).numpy().tolist() if rank == 1 else None,
+    "reducescatter": hvd_backup.keras.reducescatter(mine, op=hvd.Sum).numpy().tolist(),
+    "ours": hvd.allreduce(mine, op=hvd.Sum).numpy().tolist(),
+}
 """
-
-
-def has_tensorflow() -> bool:
-    """Whether the installed Horovod was built with TensorFlow; imports neither."""
-    spec = importlib.util.find_spec("horovod")
-    assert spec is not None and spec.submodule_search_locations
-    return bool(list(Path(spec.submodule_search_locations[0], "tensorflow").glob("mpi_lib*.so")))
 
 
 def weights_after_fit(module: str) -> list[Any]:
@@ -72,12 +54,6 @@ def test_our_keras_optimizer_averages_in_fit() -> None:
 
 def test_horovods_own_keras_optimizer_does_not() -> None:
     """0.28.1 under Keras 3: no error, and every rank trains for itself."""
-    if not has_tensorflow():
-        done = subprocess.run(
-            [sys.executable, "-c", "import horovod.keras"], capture_output=True, text=True, check=False
-        )
-        assert "has not been built" in done.stderr
-        return
     theirs = weights_after_fit("horovod.keras")
     assert theirs[0] != theirs[1], "Horovod averages by now: the README says that it does not"
 
@@ -85,9 +61,6 @@ def test_horovods_own_keras_optimizer_does_not() -> None:
 def test_what_is_horovods_own() -> None:
     env = {"HVD_BACKUP_HOROVOD": "auto", "HOROVOD_DYNAMIC_PROCESS_SETS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
     values = run_ranks(2, BESIDE, env=env)
-    if not has_tensorflow():
-        assert all("hvd_backup.tensorflow.add_process_set is Horovod's own" in value for value in values), values
-        return
     for rank, value in enumerate(values):
         assert isinstance(value, dict), value
         assert value["alltoall"] == ([1.0, 2.0] if rank == 0 else [2.0, 2.0])
