@@ -1,13 +1,19 @@
-"""TensorFlow: the time of the allreduce op, beside Horovod's, and of a step of Keras's fit with a rank that is late.
+"""TensorFlow: the allreduce op and a training step, beside Horovod's, and a step of fit with a rank that is late.
 
     python benchmarks/tensorflow_perf.py [--ranks 4] [--json FILE]
 
 Definition. Ops: a block is a tf.function with a number of allreduces, one after the other; its time is that of the
 slowest rank, the time of an op is that of the block divided by the ops. Results are verified in every block. Horovod's
-op is measured in the same rounds when Horovod is there with TensorFlow (tools/install_horovod.py --tensorflow); it is
+op is measured in the same rounds when Horovod is there with TensorFlow; it is
 started and shut down in every round, since its background thread takes part of the cores.
 
-fit: two layers with 150,000 weights; each gradient takes 20 ms more, asleep, so that ranks do not compete for cores.
+step: a tf.function with two layers of 150,000 weights, a batch of 8, and momentum, nobody late, no backup workers: with
+DistributedOptimizer, and with Horovod's allreduce for each gradient and a plain optimizer. (That is what Horovod's
+DistributedGradientTape does. Its Keras optimizer does not average under Keras 3, so its fit is none to compare with.)
+Seconds per step of the slowest rank; all ranks must have the weights that one process gets with all the data, whoever
+averages.
+
+fit: the same layers; each gradient takes 20 ms more, asleep, so that ranks do not compete for cores.
 The time of a step is that of an epoch on rank 0, which is never late, divided by the updates. The last rank is late by
 200 ms in each step, or nobody is. Ideal: nobody late.
 """
@@ -37,6 +43,7 @@ from hvd_backup.tensorflow.horovod_names import HOROVOD
 KIB, MIB = 1024, 1024**2
 SIZES = [1 * KIB, 64 * KIB, 1 * MIB, 16 * MIB]
 WORK_MS, LATE_MS = 20, 200
+REFERENCE: dict[int, Any] = {}  # by the number of steps, the weights that one process gets with all the data
 Samples = dict[tuple[str, str], list[float]]
 
 
@@ -69,11 +76,52 @@ def theirs(tensor: Any, name: str) -> Any:
     return HOROVOD.module().allreduce(tensor, op=HOROVOD.module().Sum, name=name)
 
 
+def new_model() -> Any:
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((256,)), keras.layers.Dense(512, "relu"), keras.layers.Dense(32)])
+
+
+def step_seconds(comm: MPI.Intracomm, who: str, steps: int) -> float:
+    """Seconds per training step, of the slowest rank. who: "hvd_backup", "Horovod", or "alone", which only computes."""
+    faults.clear()
+    model = new_model()
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+    if who == "hvd_backup":
+        optimizer = hvd_backup.keras.DistributedOptimizer(optimizer)
+    x = tf.constant(np.random.default_rng(2).normal(size=(comm.size, 8, 256)).astype(np.float32))
+    batch = tf.reshape(x, [-1, 256]) if who == "alone" else x[comm.rank]
+
+    @tf.function
+    def step() -> None:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(batch, training=True) - batch[:, :32]))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        if who == "Horovod":
+            theirs = HOROVOD.module()
+            gradients = [
+                theirs.allreduce(each, op=theirs.Average, name=f"step.{i}") for i, each in enumerate(gradients)
+            ]
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    step()
+    measurement.quiet_barrier(comm)
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    seconds = (time.perf_counter() - started) / steps
+    weights = np.concatenate([variable.numpy().ravel() for variable in model.variables])
+    if who == "alone":
+        REFERENCE[steps] = weights
+    elif comm.rank == 0:
+        assert np.allclose(weights, REFERENCE[steps], rtol=1e-3, atol=1e-4), f"{who} does not average"
+    assert len(set(comm.allgather(weights.tobytes()))) == 1, f"{who}: weights differ"
+    return float(comm.allreduce(seconds, MPI.MAX))
+
+
 def fit_seconds(backup_workers: int, late: bool, steps: int) -> float:
     """Seconds per update on rank 0."""
     faults.inject(*faults.parse(f"rank=*,ms={WORK_MS}" + (f";rank={hvd.size() - 1},ms={LATE_MS}" if late else "")))
-    keras.utils.set_random_seed(1)
-    model = keras.Sequential([keras.Input((256,)), keras.layers.Dense(512, "relu"), keras.layers.Dense(32)])
+    model = new_model()
     optimizer = hvd_backup.keras.DistributedOptimizer(keras.optimizers.SGD(0.01), backup_workers=backup_workers)
     model.compile(optimizer=optimizer, loss="mse")
     x = np.random.default_rng(hvd.rank()).normal(size=(steps * 8, 256)).astype(np.float32)
@@ -85,7 +133,7 @@ def fit_seconds(backup_workers: int, late: bool, steps: int) -> float:
             ended.append(time.perf_counter())
 
     callbacks = [hvd_backup.keras.callbacks.FollowCallback(), Clock()]
-    model.fit(data, epochs=2, verbose=0, callbacks=callbacks)  # the first epoch compiles
+    model.fit(data, epochs=2, verbose=0, shuffle=False, callbacks=callbacks)  # the first epoch compiles
     weights = b"".join(variable.numpy().tobytes() for variable in model.variables)
     assert len(set(hvd.allgather_object(weights))) == 1, "weights differ"
     first = len(ended) // 2
@@ -96,6 +144,7 @@ def one_round(comm: MPI.Intracomm, samples: Samples, sizes: list[int], steps: in
     """Every contestant once."""
     for size in sizes:
         samples[f"op {size}", "hvd_backup"].append(op_seconds(comm, ours, size))
+    samples["step", "hvd_backup"].append(step_seconds(comm, "hvd_backup", steps))
     for b, late in ((0, False), (0, True), (1, False), (1, True)):
         who = f"hvd_backup, b = {b}, {'one rank late' if late else 'nobody late'}"
         samples["fit", who].append(fit_seconds(b, late, steps))
@@ -104,6 +153,7 @@ def one_round(comm: MPI.Intracomm, samples: Samples, sizes: list[int], steps: in
         HOROVOD.module().init()
         for size in sizes:
             samples[f"op {size}", "Horovod"].append(op_seconds(comm, theirs, size))
+        samples["step", "Horovod"].append(step_seconds(comm, "Horovod", steps))
         comm.Barrier()
         HOROVOD.module().shutdown()
 
@@ -121,6 +171,7 @@ def main() -> None:
     tf.get_logger().setLevel("ERROR")  # each block is a function of its own on purpose
     hvd.init()
     samples: Samples = defaultdict(list)
+    step_seconds(comm, "alone", args.steps)
     for _ in range(args.rounds):
         one_round(comm, samples, sizes, args.steps)
     if comm.rank == 0:

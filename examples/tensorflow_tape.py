@@ -3,7 +3,8 @@
     mpirun -np 4 python examples/tensorflow_tape.py --backup-workers 1
 
 Whatever a script for Horovod would not have is marked with `# hvd_backup:`. One rank after the other is late by 20 ms;
-the others do not wait for it, and all ranks have the same weights at the end.
+the others do not wait for it, and all ranks have the same weights at the end. A rank that is always slow would have to
+make every call of the tape that the others make: for that use DistributedOptimizer, as in keras_digits.py.
 """
 
 import argparse

@@ -2,15 +2,18 @@
 
 Horovod is started when the program first uses something of it, not by init(): its background thread then runs a
 collective of all ranks every millisecond, which one stopped process stalls, and those who need none of it are spared
-that. Nothing here is called within a training step. Framework-neutral; which names are Horovod's own is decided in
-torch/horovod_names.py.
+that. Nothing here is called within a training step. Framework-neutral; which names are Horovod's own is decided in the
+frameworks' horovod_names.py.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
+import threading
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +21,7 @@ from hvd_backup import context, launch_check
 from hvd_backup.config import Config
 from hvd_backup.errors import ConfigError, UsageError
 
-__all__ = ["Horovod"]
+__all__ = ["Horovod", "HorovodNames", "is_global", "words"]
 
 _log = logging.getLogger("hvd_backup")
 
@@ -77,6 +80,21 @@ class Horovod:
             )
         return horovod
 
+    def join(self, *arguments: Any) -> int:
+        """Ours and Horovod's join() at the same time: this rank's part is over; returns when all ranks have joined.
+
+        Returns:
+            The rank that joined last.
+        """
+        here = context.current()
+        here.begin_join()
+        # Horovod's collectives of the others go on meanwhile. It may not have been started yet, which takes all ranks.
+        theirs = threading.Thread(target=lambda: self.start().join(*arguments), daemon=True)
+        theirs.start()
+        last = here.end_join()
+        theirs.join()
+        return last
+
     def _load(self) -> str:
         """Imports Horovod; returns why that does not do."""
         if importlib.util.find_spec("horovod") is None:
@@ -97,6 +115,94 @@ class Horovod:
             )
         self._module = SimpleNamespace(**vars(module))  # a script that runs unchanged sees our names in the module
         return ""
+
+
+@dataclass(frozen=True)
+class HorovodNames:
+    """Names of a module of ours that are Horovod's own: resolved when they are used.
+
+    Attributes:
+        package: our module.
+        horovod: its twin.
+        collectives: they first end the rounds of optimizers, as every full collective.
+        started: using them starts Horovod.
+        plain: they need no start.
+    """
+
+    package: str
+    horovod: Horovod
+    collectives: frozenset[str]
+    started: frozenset[str]
+    plain: frozenset[str]
+
+    def all(self) -> frozenset[str]:
+        """Every one."""
+        return self.collectives | self.started | self.plain
+
+    def there(self) -> frozenset[str]:
+        """Those that can be used here."""
+        return self.all() if self.horovod.usable() else frozenset()
+
+    def init(self, comm: Any = None, process_sets: Any = None) -> None:
+        """Starts the engine: collective over `comm`. A second call does nothing.
+
+        Args:
+            comm: mpi4py communicator of the ranks that take part, or a list of ranks; None: MPI.COMM_WORLD.
+            process_sets: Horovod's: a list of ProcessSet, or "dynamic"; starts Horovod at once.
+
+        Raises:
+            ConfigError, UsageError: on every rank; see hvd_backup.context.init.
+        """
+        context.init(comm)
+        if process_sets:
+            self.horovod.start(process_sets)
+
+    def join(self) -> int:
+        """For uneven data: this rank's part is over; returns when all ranks have joined, the one that did so last.
+
+        Until then collectives of the others go on; an optimizer's update is the mean over those that have not joined.
+        """
+        if self.horovod.usable() and self.horovod.module().is_initialized():
+            return self.horovod.join()
+        return context.current().join()
+
+    def resolve(self, name: str) -> Any:
+        """The object behind a name.
+
+        Raises:
+            AttributeError: no such name; or it needs Horovod, which cannot be used: says why.
+        """
+        if name not in self.all():
+            raise AttributeError(f"module {self.package!r} has no attribute {name!r}")
+        if why_not := self.horovod.why_not():
+            raise AttributeError(f"{self.package}.{name} is Horovod's own, and Horovod cannot be used here: {why_not}")
+        theirs = getattr(self.horovod.module(), name)
+        if name in self.plain:
+            return theirs
+        if name in self.started:
+            self.horovod.start()
+            return theirs
+
+        @functools.wraps(theirs)
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            return self.enter(name)(*args, **kwargs)
+
+        return collective
+
+    def enter(self, name: str) -> Any:
+        """One of Horovod's collectives, to be called now: rounds have ended, and Horovod is started."""
+        context.current().before_full_collective(f"{name}()")
+        return getattr(self.horovod.start(), name)
+
+
+def words(text: str) -> frozenset[str]:
+    """For tables of names."""
+    return frozenset(text.split())
+
+
+def is_global(process_set: Any) -> bool:
+    """Whether a process set is that of all ranks: None, or Horovod's global one."""
+    return process_set is None or getattr(process_set, "process_set_id", None) == 0
 
 
 def _switched_off() -> bool:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 from hvd_backup.errors import UsageError
 from hvd_backup.training import Training, end_rounds
 
-__all__ = ["END", "Batches", "Followed", "Round", "follow", "left_by_break", "length_of"]
+__all__ = ["END", "Batches", "Followed", "Round", "follow", "left_by_break", "length_of", "running"]
 
 Batch = TypeVar("Batch")
 
@@ -221,6 +222,19 @@ def left_by_break(frame: FrameType) -> bool:
     still at the one that did. CPython offers nothing better: it hides an exception on its way from the generator.
     """
     return dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("POP_TOP", "POP_ITER")
+
+
+def running(frame: FrameType) -> Callable[[], bool]:
+    """Says from then on whether the call that this thread has made, and whose frame this is, still goes on."""
+    thread = threading.get_ident()
+
+    def still_runs() -> bool:
+        at = sys._current_frames().get(thread)
+        while at is not None and at is not frame:
+            at = at.f_back
+        return at is not None
+
+    return still_runs
 
 
 def length_of(loader: object) -> int:

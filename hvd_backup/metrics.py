@@ -73,7 +73,12 @@ class Metrics:
             given = not math.isnan(value)
             self._contribution[2 * index] = value if given else 0.0
             self._contribution[2 * index + 1] = 1.0 if given else 0.0
-        return self._contribution.buffer_info()[0], self.result_address
+        return self.contribution_address, self.result_address
+
+    @property
+    def contribution_address(self) -> int:
+        """Where the bucket is made."""
+        return self._contribution.buffer_info()[0]
 
     @property
     def result_address(self) -> int:

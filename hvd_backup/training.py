@@ -59,6 +59,7 @@ class Training(UpdateStream):
         self._abandoned = False  # a followed round whose loop was left early, and that is not over yet
         self._round_to_begin: tuple[int, int] | None = None  # as soon as the channel is open: length, align_every
         self._align_every = 0
+        self._still_runs: Callable[[], bool] | None = None
         self.round_start = 0
         self.batches_per_update = 1
         self._plain_steps = False  # since the last round, without follow()
@@ -74,7 +75,9 @@ class Training(UpdateStream):
     # --- rounds of follow() ---
 
     def in_followed_round(self) -> bool:
-        """Whether a loop over follow() runs."""
+        """Whether a loop over follow() runs. If it was left unnoticed, by an exception, the round is abandoned now."""
+        if self._following and self._still_runs is not None and not self._still_runs():
+            self.abandon_round()
         return self._following
 
     def aligned(self) -> bool:
@@ -87,16 +90,23 @@ class Training(UpdateStream):
         """Whether the step that is computed can still become the first one of a followed round."""
         return not (self._following or self._abandoned or self._plain_steps or self._framework.gradient_started())
 
-    def begin_round(self, length: int, align_every: int, amid_backward: bool = False) -> None:
+    def begin_round(
+        self,
+        length: int,
+        align_every: int,
+        amid_backward: bool = False,
+        still_runs: Callable[[], bool] | None = None,
+    ) -> None:
         """Begins a followed round, and applies what this rank has missed.
 
         Args:
             length: steps, -1 when unknown.
             align_every: 0, or at how many steps' distance all ranks meet.
             amid_backward: see `may_begin_round`; weights must not change now, so step() applies what was missed.
+            still_runs: whether the round's loop runs, for one that cannot say so itself when an exception ends it.
         """
         self.check_usable()
-        if self._following:
+        if self.in_followed_round():
             raise UsageError("follow() inside a loop over follow() with the same optimizer: end that loop first")
         if self._framework.gradient_started():
             raise UsageError("follow() between backward() and step(): call step() first")
@@ -104,6 +114,7 @@ class Training(UpdateStream):
         if self._plain_steps:
             self.leave_round("follow()")
         self._following = True
+        self._still_runs = still_runs
         self._align_every = align_every
         self.round_start = self.step
         self._round_to_begin = (length, align_every)
@@ -164,12 +175,14 @@ class Training(UpdateStream):
         channel.leave()  # the round is behind us: what comes next, followed or not, is a round of its own
         channel.wait()
         self._following = False
+        self._still_runs = None
         self._abandoned = False
         return True
 
     def abandon_round(self) -> None:
         """The loop was left early. Never blocks: an exception may be on its way. The rest is made up for later."""
         self._following = False
+        self._still_runs = None
         self._abandoned = True
         if self.channel is not None:
             try:
@@ -189,7 +202,7 @@ class Training(UpdateStream):
 
     def begin_join(self) -> None:
         """This rank is about to join(): what others contribute from now on, finish_round() applies."""
-        if self._following:
+        if self.in_followed_round():
             raise UsageError(
                 "join() inside a loop over follow(), which is for uneven data itself: call it after the loop"
             )
@@ -221,6 +234,11 @@ class Training(UpdateStream):
         self.wait_outside_step()
         self._plain_steps = False
         self._warn_about_leftovers(what)
+
+    def end_plain_steps(self, what: str) -> None:
+        """Ends the round at `what`, if it is not a followed one and this rank has taken part in it."""
+        if self._plain_steps and not self.in_followed_round():
+            self.leave_round(what)
 
     def complete(self) -> None:
         """See UpdateStream."""

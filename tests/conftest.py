@@ -47,10 +47,21 @@ def pytest_pyfunc_call(pyfuncitem: Any) -> bool | None:
 
 @pytest.fixture(scope="session")
 def tensorflow_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each case of keras_cases.py and tensorflow_cases.py has returned, by rank: one launch of four ranks."""
+    """What each case of TensorFlow, and of Keras on it, has returned, by rank: one launch of four ranks."""
+    return _keras_results("tensorflow", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def keras_torch_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The same for Keras on PyTorch."""
+    return _keras_results("torch", tmp_path_factory)
+
+
+def _keras_results(backend: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     source = """
     import sys
     from tests import keras_cases
     result = keras_cases.run_cases(sys.argv[1])
     """  # a script, so that this process need not import TensorFlow
-    return run_ranks(4, source, args=(str(tmp_path_factory.mktemp("tensorflow")),), timeout_s=560)
+    folder = str(tmp_path_factory.mktemp(backend))
+    return run_ranks(4, source, args=(folder,), env={"KERAS_BACKEND": backend}, timeout_s=560)

@@ -1,12 +1,14 @@
-"""What the ranks of test_keras.py do. TensorFlow takes long to start, so one launch of ranks runs all cases, those of
-tensorflow_cases.py, too.
+"""What the ranks of test_keras.py do, on both of Keras's backends.
 
-Each case is a function of this module that returns what the test looks at; an exception is returned as its text.
+A backend takes long to start, so one launch of ranks for each runs all cases, and those of keras_tensorflow_cases.py
+and tensorflow_cases.py, or of keras_torch_cases.py. Each case is a function that returns what the test looks at; an
+exception is returned as its text.
 """
 
 import gc
 import hashlib
 import os
+import sys
 import time
 import traceback
 import warnings
@@ -15,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if os.environ.get("KERAS_BACKEND") == "torch":
+    sys.modules["tensorflow"] = None  # type: ignore[assignment]  # as in an environment without TensorFlow
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import hvd_backup.keras as hvd
-from hvd_backup import context, faults
-from tests import tensorflow_cases, torch_training
+from hvd_backup import faults
 
 BATCH = 4  # samples of each rank in a step
 STEPS = 20  # of an epoch
+BACKEND = keras.backend.backend()
 
 CASES: dict[str, Callable[[], Any]] = {}
 
@@ -33,12 +36,15 @@ CASES: dict[str, Callable[[], Any]] = {}
 def run_cases(folder: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
     """All cases (or those that are named) in order; results by name, each with the seconds that it took."""
     warnings.filterwarnings("ignore", message=".*shuffle=True.*")
-    tf.config.threading.set_inter_op_parallelism_threads(1)  # so a blocked thread of the executor would be noticed
-    tf.config.threading.set_intra_op_parallelism_threads(1)
+    if BACKEND == "tensorflow":
+        from tests import keras_tensorflow_cases as own
+    else:
+        from tests import keras_torch_cases as own  # type: ignore[no-redef]
+    own.use_one_thread()
     os.chdir(folder)
     hvd.init()
     results = {}
-    for name, case in {**CASES, **tensorflow_cases.CASES}.items():
+    for name, case in {**CASES, **own.CASES, **LAST}.items():
         if names and name not in names:
             continue
         started = time.monotonic()
@@ -57,6 +63,7 @@ def run_cases(folder: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def case(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Registers a case."""
     CASES[function.__name__] = function
     return function
 
@@ -68,9 +75,18 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return x, np.stack([x.sum(1), x[:, 0] * x[:, 1], np.abs(x).max(1)], 1).astype(np.float32)
 
 
-def shard() -> tf.data.Dataset:
-    """This rank's batches: together with those of the others, step by step, the batches of `data`."""
-    return tf.data.Dataset.from_tensor_slices(data()).batch(BATCH).shard(hvd.size(), hvd.rank())
+def shard(batches: int = STEPS) -> Any:
+    """This rank's first batches: together with those of the others, step by step, the batches of `data`."""
+    x, y = (each.reshape(STEPS, hvd.size(), BATCH, -1)[:batches, hvd.rank()] for each in data())
+    pairs = (np.ascontiguousarray(each).reshape(-1, each.shape[-1]) for each in (x, y))
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.data.Dataset.from_tensor_slices(tuple(pairs)).batch(BATCH)
+    import torch
+
+    tensors = torch.utils.data.TensorDataset(*(torch.from_numpy(each) for each in pairs))
+    return torch.utils.data.DataLoader(tensors, BATCH)
 
 
 def model(optimizer: Any, **options: Any) -> Any:
@@ -86,7 +102,7 @@ def digest(trained: Any) -> str:
     """SHA-256 of the weights and the optimizer's variables, bit for bit."""
     sha = hashlib.sha256()
     for variable in [*trained.variables, *trained.optimizer.variables]:
-        sha.update(np.ascontiguousarray(variable.numpy()).tobytes())
+        sha.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).tobytes())
     return sha.hexdigest()
 
 
@@ -96,6 +112,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
     "adam": lambda: keras.optimizers.Adam(0.01),
     "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "clipnorm": lambda: keras.optimizers.SGD(0.05, clipnorm=0.2),
     "global_clipnorm": lambda: keras.optimizers.SGD(0.05, global_clipnorm=0.2),
     "ema": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=7),
     "accumulation": lambda: keras.optimizers.SGD(0.05, gradient_accumulation_steps=2),
@@ -106,17 +123,20 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 @case
 def as_one_process() -> dict[str, float]:
-    """On rank 0, by optimizer, the largest difference between the weights of four ranks and of one process."""
+    """By optimizer, the largest difference between the weights of four ranks and of one process.
+
+    Each rank is that process for some optimizers.
+    """
     x, y = data()
-    differences = {}
+    together = {}
     for name, make in OPTIMIZERS.items():
-        together = model(hvd.DistributedOptimizer(make()))
-        together.fit(shard(), epochs=1, verbose=0)
-        if hvd.rank() > 0:
-            continue
-        alone = model(make())
+        together[name] = model(hvd.DistributedOptimizer(make()))
+        together[name].fit(shard(), epochs=1, verbose=0)
+    differences = {}
+    for name in list(OPTIMIZERS)[hvd.rank() :: hvd.size()]:
+        alone = model(OPTIMIZERS[name]())
         alone.fit(x, y, batch_size=BATCH * hvd.size(), epochs=1, shuffle=False, verbose=0)
-        pairs = zip(together.variables, alone.variables, strict=True)
+        pairs = zip(together[name].variables, alone.variables, strict=True)
         differences[name] = max(float(np.abs(a.numpy() - b.numpy()).max()) for a, b in pairs)
     return differences
 
@@ -131,6 +151,18 @@ def train_with_delays(optimizer: Any, epochs: int = 2, callbacks: Any = None, **
     before = digest(trained)
     followed = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.FollowCallback()]
     trained.fit(shard(), epochs=epochs, verbose=0, callbacks=followed if callbacks is None else callbacks)
+    return account(trained, before)
+
+
+def watched(optimizer: Any) -> list[Any]:
+    """Of each update that the optimizer will apply: its step, its contributors, the mean of their metric `rank`."""
+    seen: list[Any] = []
+    optimizer.on_update(lambda update: seen.append((update.step, update.contributors, update.metrics["rank"])))
+    return seen
+
+
+def account(trained: Any, before: str) -> dict[str, Any]:
+    """What the optimizer says of its updates; before: the digest before training."""
     return {
         "digest": digest(trained),
         "trained": digest(trained) != before,
@@ -147,8 +179,8 @@ def delayed_momentum() -> dict[str, Any]:
 
 
 @case
-def delayed_adam_several_steps_in_one_call() -> dict[str, Any]:
-    return train_with_delays(OPTIMIZERS["adam"](), steps_per_execution=3)
+def delayed_adam() -> dict[str, Any]:
+    return train_with_delays(OPTIMIZERS["adam"]())
 
 
 @case
@@ -164,11 +196,6 @@ def delayed_accumulation() -> dict[str, Any]:
 @case
 def delayed_schedule() -> dict[str, Any]:
     return train_with_delays(OPTIMIZERS["schedule"]())
-
-
-@case
-def delayed_eagerly() -> dict[str, Any]:
-    return train_with_delays(OPTIMIZERS["momentum"](), epochs=1, run_eagerly=True)
 
 
 @case
@@ -194,68 +221,79 @@ def delayed_with_a_rate_that_is_set_in_every_step() -> dict[str, Any]:
 
 
 @case
-def a_rank_that_is_always_slow() -> dict[str, float]:
-    """Seconds of fit with one rank 100 ms late in each step."""
-    faults.inject(*faults.parse("rank=3,ms=100"))
+def a_rank_that_is_always_slow() -> dict[str, Any]:
+    """Seconds of an epoch with one rank 200 ms late in each step."""
     trained = model(hvd.DistributedOptimizer(OPTIMIZERS["momentum"](), backup_workers=1))
     follow = hvd.callbacks.FollowCallback()
+    faults.inject(*faults.parse("rank=3,ms=0.001"))  # so that the graph that is traced now has the delays of later
+    trained.fit(shard(), verbose=0, callbacks=[follow])
+    faults.inject(*faults.parse("rank=3,ms=200"))
     started = time.monotonic()
-    trained.fit(shard(), epochs=2, verbose=0, callbacks=[follow])
+    trained.fit(shard(), verbose=0, callbacks=[follow])
     return {"seconds": time.monotonic() - started, "digest": digest(trained), "step": trained.optimizer.global_step}
 
 
-# --- loops of one's own --------------------------------------------------------------------------------------------
-
-
-def own_loop(decorate: Callable[[Any], Any], sparse: bool = False) -> dict[str, Any]:
-    """A loop over follow() with a GradientTape."""
+@case
+def delayed_in_train_on_batch() -> dict[str, Any]:
+    """A loop of one's own without follow: ranks that are late have steps left, which change nothing."""
     faults.inject(*faults.parse("rank=rotate:1,ms=12,p=0.6"))
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), backup_workers=1, sparse_as_dense=sparse)
-    keras.utils.set_random_seed(3)
-    first = keras.layers.Embedding(10, 6) if sparse else keras.layers.Dense(6)
-    net = keras.Sequential([keras.Input((6,)), first, keras.layers.Flatten(), keras.layers.Dense(3)])
-    optimizer.build(net.trainable_variables)
-
-    @decorate
-    def step(x: Any, y: Any) -> Any:
-        with tf.GradientTape() as tape:
-            inputs = tf.cast(tf.clip_by_value(tf.abs(x) * 3, 0, 9), tf.int32) if sparse else x
-            loss = tf.reduce_mean(tf.square(net(inputs, training=True) - y))
-        gradients = tape.gradient(loss, net.trainable_variables)
-        optimizer.apply_gradients(zip(gradients, net.trainable_variables, strict=True))
-        return loss
-
-    computed = 0
-    for _ in range(2):
-        for x, y in hvd.follow(shard(), optimizer):
-            step(x, y)
-            computed += 1
-    net.optimizer = optimizer
-    return {"digest": digest(net), "step": optimizer.global_step, "computed": computed}
-
-
-@case
-def own_loop_in_a_function() -> dict[str, Any]:
-    return own_loop(tf.function)
-
-
-@case
-def own_loop_eagerly() -> dict[str, Any]:
-    return own_loop(lambda function: function)
-
-
-@case
-def own_loop_with_an_embedding() -> dict[str, Any]:
-    return own_loop(tf.function, sparse=True)
+    trained = model(hvd.DistributedOptimizer(OPTIMIZERS["adam"](), backup_workers=1))
+    before = digest(trained)
+    for x, y in shard():
+        trained.train_on_batch(x, y)
+    hvd.barrier()
+    return account(trained, before)
 
 
 @case
 def uneven_data() -> dict[str, Any]:
     """Rank r has 3 r batches less: all end at the longest, with equal weights."""
     trained = model(hvd.DistributedOptimizer(OPTIMIZERS["adam"](), backup_workers=1))
-    mine = shard().take(STEPS - 3 * hvd.rank())
+    mine = shard(STEPS - 3 * hvd.rank())
     trained.fit(mine, epochs=2, verbose=0, callbacks=[hvd.callbacks.FollowCallback()])
     return {"digest": digest(trained), "step": trained.optimizer.global_step}
+
+
+@case
+def fit_that_raises() -> dict[str, Any]:
+    """Rank 2 fails in the middle of an epoch, in a callback or in its data; then all go on together."""
+
+    class Fails(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if hvd.rank() == 2 and batch == 2:
+                raise ValueError("on purpose")
+
+    def broken_data() -> Any:
+        for number, batch in enumerate(shard()):
+            if hvd.rank() == 2 and number == 3:
+                raise ValueError("on purpose")
+            yield tuple(batch)
+
+    faults.inject(*faults.parse("rank=*,ms=5"))  # so that rank 2 gets as far as that
+    found: dict[str, Any] = {}
+    for where, workers in (("callback", 0), ("callback", 1), ("data", 0), ("data", 1)):
+        trained = model(hvd.DistributedOptimizer(OPTIMIZERS["momentum"](), backup_workers=workers))
+        follow = [hvd.callbacks.FollowCallback()]
+        data = broken_data() if where == "data" else shard()
+        told = ""
+        try:
+            trained.fit(
+                data, steps_per_epoch=STEPS, verbose=0, callbacks=follow + ([Fails()] if where == "callback" else [])
+            )
+        except Exception as error:
+            told = str(error)
+            in_handler = hvd.allgather_object("met")  # while the traceback holds the frames of fit()
+        else:
+            in_handler = hvd.allgather_object("met")
+        first = trained.optimizer.global_step
+        trained.fit(shard(), verbose=0, callbacks=follow)
+        found[f"{where} {workers}"] = {
+            "told": told,
+            "met": in_handler,
+            "steps": (first, trained.optimizer.global_step),
+            "digest": digest(trained),
+        }
+    return found
 
 
 # --- callbacks, files, other frameworks ----------------------------------------------------------------------------
@@ -264,13 +302,13 @@ def uneven_data() -> dict[str, Any]:
 @case
 def callbacks_of_horovod() -> dict[str, Any]:
     trained = model(hvd.DistributedOptimizer(keras.optimizers.SGD(0.4, momentum=0.9)))
-    trained.layers[0].kernel.assign(trained.layers[0].kernel + hvd.rank())
+    trained.layers[0].kernel.assign(trained.layers[0].kernel + float(hvd.rank()))
     best = hvd.callbacks.BestModelCheckpoint("best.keras", monitor="loss")
     history = trained.fit(
         shard(),
         epochs=3,
         verbose=0,
-        validation_data=shard().take(2),
+        validation_data=shard(2),
         callbacks=[
             hvd.callbacks.BroadcastGlobalVariablesCallback(0),
             hvd.callbacks.FollowCallback(),
@@ -304,58 +342,12 @@ def saved_and_loaded() -> dict[str, Any]:
     return {"equal": equal, "kinds": kinds, "digest": digest(loaded), "step": loaded.optimizer.global_step}
 
 
-@case
-def beside_pytorch() -> dict[str, Any]:
-    """Both frameworks train in turns in one process, on one engine."""
-    import torch
-
-    import hvd_backup.torch as hvd_torch
-
-    engine = context.current().engine
-    hvd_torch.init()
-    net = torch_training.make_model()
-    other = hvd_torch.DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net.named_parameters())
-    trained = model(hvd.DistributedOptimizer(keras.optimizers.SGD(0.05)))
-    for step, (x, y) in enumerate(shard().take(5)):
-        trained.train_on_batch(x, y)
-        other.zero_grad()
-        torch_training.loss_of(net, torch_training.batch(hvd.rank(), step)).backward()
-        other.step()
-    return {
-        "one": context.current().engine is engine,
-        "digest": digest(trained) + torch_training.digest(net),
-        "steps": (trained.optimizer.global_step, other.global_step),
-    }
-
-
 # --- errors --------------------------------------------------------------------------------------------------------
-
-
-@case
-def jit_compile() -> None:
-    model(hvd.DistributedOptimizer(keras.optimizers.SGD()), jit_compile=True).fit(shard(), verbose=0)
 
 
 @case
 def loss_scale_outside() -> None:
     keras.optimizers.LossScaleOptimizer(hvd.DistributedOptimizer(keras.optimizers.SGD()))
-
-
-@case
-def sparse_gradient() -> None:
-    table = keras.layers.Embedding(10, 3)
-    net = keras.Sequential([keras.Input((2,), dtype="int32"), table, keras.layers.Flatten(), keras.layers.Dense(1)])
-    net.compile(optimizer=hvd.DistributedOptimizer(keras.optimizers.SGD()), loss="mse")
-    net.fit(np.zeros((8, 2), np.int32), np.zeros((8, 1), np.float32), verbose=0)
-
-
-@case
-def other_variables_than_before() -> None:
-    a, b = tf.Variable([1.0, 2.0], name="a"), tf.Variable([3.0], name="b")
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
-    optimizer.build([a, b])
-    optimizer.apply([tf.ones([2]), tf.ones([1])], [a, b])
-    optimizer.apply([tf.ones([2])], [a])
 
 
 @case
@@ -369,8 +361,20 @@ def no_optimizer() -> None:
 
 
 @case
+def other_variables_than_before() -> None:
+    a, b = keras.Variable([1.0, 2.0], name="a"), keras.Variable([3.0], name="b")
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    optimizer.build([a, b])
+    optimizer.apply([keras.ops.ones([2]), keras.ops.ones([1])], [a, b])
+    optimizer.apply([keras.ops.ones([2])], [a])
+
+
 def variables_that_differ_between_ranks() -> None:
     """Last: the channel is of no use any more on any rank."""
-    variable = tf.Variable(tf.ones([3 if hvd.rank() == 2 else 2]), name="w")
+    length = 3 if hvd.rank() == 2 else 2
+    variable = keras.Variable(np.ones(length, np.float32), name="w")
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
-    optimizer.apply([tf.ones_like(variable)], [variable])
+    optimizer.apply([keras.ops.ones([length])], [variable])
+
+
+LAST = {"variables_that_differ_between_ranks": variables_that_differ_between_ranks}

@@ -159,7 +159,7 @@ def test_horovod_perf(tmp_path: Path) -> None:
 
 def test_tensorflow_perf(tmp_path: Path) -> None:
     results, printed = quick_results("tensorflow_perf", tmp_path)
-    assert {r["what"] for r in results} == {"op 1024", "op 65536", "fit"}
+    assert {r["what"] for r in results} == {"op 1024", "op 65536", "step", "fit"}
     fit = {r["contestant"]: r["p50_us"] for r in results if r["what"] == "fit"}
     assert fit["hvd_backup, b = 0, one rank late"] > 2 * fit["hvd_backup, b = 1, one rank late"]
     assert "fit: to nobody late" in printed

@@ -96,9 +96,12 @@ def test_under_horovodrun() -> None:
 
 
 @needs_open_mpi
-def test_keras_under_horovodrun() -> None:
-    example = str(Path(__file__).parents[1] / "examples" / "keras_digits.py")
-    done = horovodrun(sys.executable, example, "--epochs", "1", "--backup-workers", "1")
+@pytest.mark.parametrize(
+    "example", [("keras_digits.py", "--epochs", "1"), ("tensorflow_tape.py", "--steps", "50")], ids=["keras", "tape"]
+)
+def test_tensorflow_under_horovodrun(example: tuple[str, ...]) -> None:
+    script = str(Path(__file__).parents[1] / "examples" / example[0])
+    done = horovodrun(sys.executable, script, *example[1:], "--backup-workers", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "weights identical   yes" in done.stdout
 

@@ -59,9 +59,11 @@ def test_pytorch_digits_learns_and_accounts_for_what_it_drops(tmp_path: Path) ->
     assert all(len(d["ranks"]) >= 3 for d in training)
 
 
-def test_keras_digits_learns_with_a_rank_that_is_late() -> None:
+@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+def test_keras_digits_learns_with_a_rank_that_is_late(backend: str) -> None:
     options = ("--epochs", "3", "--backup-workers", "1")
-    printed = run_example("keras_digits.py", 2, *options, env={"HVD_BACKUP_DELAY": "rank=1,ms=30,p=0.5"})
+    env = {"HVD_BACKUP_DELAY": "rank=1,ms=30,p=0.5", "KERAS_BACKEND": backend}
+    printed = run_example("keras_digits.py", 2, *options, env=env)
     assert "weights identical   yes" in printed
     assert re.search(r"updates +132\n", printed)  # 1437 images, 2 ranks, 16 each: 44 in an epoch
     assert float(re.findall(r"val_accuracy: ([\d.]+)", printed)[-1]) > 0.85

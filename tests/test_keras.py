@@ -1,30 +1,47 @@
-"""hvd_backup.keras over four ranks: keras_cases.py has what they do, in one launch; here is what must be true of it."""
+"""hvd_backup.keras over four ranks, on TensorFlow and on PyTorch.
 
+keras_cases.py has what they do, in one launch for each backend; here is what must be true of it.
+"""
+
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 # keras_cases.py, which this process does not import: it would import TensorFlow.
 EPOCH = 20
-OPTIMIZERS = ["momentum", "adam", "adamw", "global_clipnorm", "ema", "accumulation", "schedule", "loss_scale"]
+OPTIMIZERS = ["momentum", "adam", "adamw", "clipnorm", "global_clipnorm", "ema", "accumulation", "schedule"]
+OPTIMIZERS += ["loss_scale"]
 FOLLOWED = [
     "delayed_momentum",
-    "delayed_adam_several_steps_in_one_call",
+    "delayed_adam",
     "delayed_ema",
     "delayed_accumulation",
     "delayed_schedule",
     "delayed_mixed_precision",
     "delayed_with_a_rate_that_is_set_in_every_step",
-    "delayed_eagerly",
 ]
+FOLLOWED_IN_GRAPHS = ["delayed_adam_several_steps_in_one_call", "delayed_eagerly"]
+OWN_LOOPS = ["own_loop_in_a_function", "own_loop_eagerly", "own_loop_with_an_embedding"]
 
 Results = list[dict[str, Any]]
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for all cases of four ranks: two minutes on two idle cores
 
 
-def of(tensorflow_results: Results, case: str) -> list[Any]:
-    return [results[case] for results in tensorflow_results]
+@pytest.fixture(params=["tensorflow", "torch"])
+def keras_results(request: pytest.FixtureRequest) -> Results:
+    """Of both backends."""
+    results: Results = request.getfixturevalue(
+        {"tensorflow": "tensorflow_results"}.get(request.param, "keras_torch_results")
+    )
+    return results
+
+
+def of(keras_results: Results, case: str) -> list[Any]:
+    return [results[case] for results in keras_results]
 
 
 def digests(values: list[Any]) -> set[str]:
@@ -33,15 +50,24 @@ def digests(values: list[Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_without_backup_workers_it_is_one_process_with_all_the_data(tensorflow_results: Results, name: str) -> None:
-    differences = tensorflow_results[0]["as_one_process"]
-    assert isinstance(differences, dict), differences
-    assert differences[name] < 2e-5
+def test_without_backup_workers_it_is_one_process_with_all_the_data(keras_results: Results, name: str) -> None:
+    values = of(keras_results, "as_one_process")
+    assert all(isinstance(value, dict) for value in values), values
+    (difference,) = [value[name] for value in values if name in value]
+    assert difference < 2e-5
 
 
-@pytest.mark.parametrize("name", [*FOLLOWED, "delayed_without_callbacks"])
-def test_i1_weights_and_optimizer_are_equal_under_delays(tensorflow_results: Results, name: str) -> None:
-    values = of(tensorflow_results, name)
+@pytest.mark.parametrize("name", [*FOLLOWED, "delayed_without_callbacks", "delayed_in_train_on_batch"])
+def test_i1_weights_and_optimizer_are_equal_under_delays(keras_results: Results, name: str) -> None:
+    one_history(of(keras_results, name))
+
+
+@pytest.mark.parametrize("name", FOLLOWED_IN_GRAPHS)
+def test_i1_in_other_ways_of_tensorflow(tensorflow_results: Results, name: str) -> None:
+    one_history(of(tensorflow_results, name))
+
+
+def one_history(values: list[Any]) -> None:
     assert len(digests(values)) == 1
     assert all(value["trained"] for value in values)
     assert len({value["step"] for value in values}) == 1
@@ -50,42 +76,72 @@ def test_i1_weights_and_optimizer_are_equal_under_delays(tensorflow_results: Res
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_a_followed_epoch_has_as_many_updates_as_batches(tensorflow_results: Results, name: str) -> None:
-    epochs = 1 if name == "delayed_eagerly" else 2
+def test_a_followed_epoch_has_as_many_updates_as_batches(keras_results: Results, name: str) -> None:
+    assert {value["step"] for value in of(keras_results, name)} == {2 * EPOCH}
+
+
+@pytest.mark.parametrize(("name", "epochs"), list(zip(FOLLOWED_IN_GRAPHS, (2, 1), strict=True)))
+def test_a_followed_epoch_in_other_ways_of_tensorflow(tensorflow_results: Results, name: str, epochs: int) -> None:
     assert {value["step"] for value in of(tensorflow_results, name)} == {epochs * EPOCH}
 
 
-def test_the_learning_rate_travels_with_the_update(tensorflow_results: Results) -> None:
-    assert (
-        len({value["rate"] for value in of(tensorflow_results, "delayed_with_a_rate_that_is_set_in_every_step")}) == 1
-    )
+def test_the_learning_rate_travels_with_the_update(keras_results: Results) -> None:
+    assert len({value["rate"] for value in of(keras_results, "delayed_with_a_rate_that_is_set_in_every_step")}) == 1
 
 
-def test_i4_a_slow_rank_costs_the_others_nothing(tensorflow_results: Results) -> None:
-    values = of(tensorflow_results, "a_rank_that_is_always_slow")
+def test_i4_a_slow_rank_costs_the_others_nothing(keras_results: Results) -> None:
+    values = of(keras_results, "a_rank_that_is_always_slow")
     assert len(digests(values)) == 1
     assert {value["step"] for value in values} == {2 * EPOCH}
-    late_s = 2 * EPOCH * 0.1
-    assert max(value["seconds"] for value in values) < 0.75 * late_s, "as slow as the slow one"
+    late_s = EPOCH * 0.2
+    assert max(value["seconds"] for value in values) < 0.6 * late_s, "as slow as the slow one"
 
 
-@pytest.mark.parametrize("name", ["own_loop_in_a_function", "own_loop_eagerly", "own_loop_with_an_embedding"])
-def test_a_loop_of_ones_own_over_follow(tensorflow_results: Results, name: str) -> None:
-    values = of(tensorflow_results, name)
+@pytest.mark.parametrize("name", OWN_LOOPS)
+def test_a_loop_of_ones_own_over_follow_with_a_tape(tensorflow_results: Results, name: str) -> None:
+    followed_loop(of(tensorflow_results, name))
+
+
+def test_a_loop_of_ones_own_over_follow_with_backward(keras_torch_results: Results) -> None:
+    values = of(keras_torch_results, "own_loop_eagerly")
+    followed_loop(values)
+    assert all(value["untouched"] for value in values), "apply() has changed what p.grad shows"
+
+
+def test_pytorch_backend_needs_no_tensorflow(keras_torch_results: Results) -> None:
+    assert of(keras_torch_results, "without_tensorflow") == [True] * 4
+
+
+def followed_loop(values: list[Any]) -> None:
     assert len(digests(values)) == 1
     assert {value["step"] for value in values} == {2 * EPOCH}
     assert all(0 < value["computed"] <= 2 * EPOCH for value in values)
     assert min(value["computed"] for value in values) < 2 * EPOCH, "nobody has skipped a batch"
+    for value in values:  # on_update runs on every rank for every update, with the mean of what its contributors gave
+        assert value["seen"] == values[0]["seen"]
+        assert [step for step, _, _ in value["seen"]] == list(range(2 * EPOCH))
+        assert all(mean == pytest.approx(sum(ranks) / len(ranks)) for _, ranks, mean in value["seen"])
 
 
-def test_uneven_data(tensorflow_results: Results) -> None:
-    values = of(tensorflow_results, "uneven_data")
+def test_uneven_data(keras_results: Results) -> None:
+    values = of(keras_results, "uneven_data")
     assert len(digests(values)) == 1
     assert {value["step"] for value in values} == {2 * EPOCH}
 
 
-def test_callbacks_of_horovod(tensorflow_results: Results) -> None:
-    values = of(tensorflow_results, "callbacks_of_horovod")
+@pytest.mark.parametrize("where", ["callback 0", "callback 1", "data 0", "data 1"])
+def test_i6_fit_that_raises_on_one_rank(keras_results: Results, where: str) -> None:
+    """The others end their epoch without it, and the next fit() is everybody's."""
+    values = of(keras_results, "fit_that_raises")
+    assert all(isinstance(value, dict) for value in values), values
+    assert ["on purpose" in value[where]["told"] for value in values] == [False, False, True, False]
+    assert [value[where]["met"] for value in values] == [["met"] * 4] * 4
+    assert [value[where]["steps"] for value in values] == [(EPOCH, 2 * EPOCH)] * 4
+    assert len({value[where]["digest"] for value in values}) == 1
+
+
+def test_callbacks_of_horovod(keras_results: Results) -> None:
+    values = of(keras_results, "callbacks_of_horovod")
     assert len(digests(values)) == 1
     histories = [value["history"] for value in values]
     assert all(history == histories[0] for history in histories), "logs are those of all ranks"
@@ -95,16 +151,16 @@ def test_callbacks_of_horovod(tensorflow_results: Results) -> None:
     assert all(value["saved"] for value in values)
 
 
-def test_saved_and_loaded(tensorflow_results: Results) -> None:
-    values = of(tensorflow_results, "saved_and_loaded")
+def test_saved_and_loaded(keras_results: Results) -> None:
+    values = of(keras_results, "saved_and_loaded")
     assert len(digests(values)) == 1
     assert all(value["equal"] for value in values), "weights and optimizer state are what was saved"
     assert {value["kinds"] for value in values} == {("Adam", False, True)}, "plain Keras can load it"
     assert {value["step"] for value in values} == {2 * EPOCH}
 
 
-def test_pytorch_and_tensorflow_share_one_engine(tensorflow_results: Results) -> None:
-    values = of(tensorflow_results, "beside_pytorch")
+def test_pytorch_and_tensorflow_share_one_engine(keras_results: Results) -> None:
+    values = of(keras_results, "beside_pytorch")
     assert len(digests(values)) == 1
     assert all(value["one"] and value["steps"] == (5, 5) for value in values)
 
@@ -112,15 +168,35 @@ def test_pytorch_and_tensorflow_share_one_engine(tensorflow_results: Results) ->
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("jit_compile", "jit_compile=False"),
         ("loss_scale_outside", "hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer)"),
-        ("sparse_gradient", "sparse_as_dense=True"),
         ("other_variables_than_before", "the first call had"),
         ("wrapped_twice", "wrap a plain one, once"),
         ("no_optimizer", "expected a keras.optimizers.Optimizer"),
-        ("variables_that_differ_between_ranks", "variable 0: w:0 (2,) float32"),
+        ("variables_that_differ_between_ranks", "variable 0: w (2,) float32"),
     ],
 )
-def test_errors_say_what_to_do_on_every_rank(tensorflow_results: Results, case: str, said: str) -> None:
+def test_errors_say_what_to_do_on_every_rank(keras_results: Results, case: str, said: str) -> None:
+    for told in of(keras_results, case):
+        assert isinstance(told, str) and said in told, told
+
+
+@pytest.mark.parametrize(
+    ("case", "said"), [("jit_compile", "jit_compile=False"), ("sparse_gradient", "sparse_as_dense=True")]
+)
+def test_errors_with_tensorflow(tensorflow_results: Results, case: str, said: str) -> None:
     for told in of(tensorflow_results, case):
         assert isinstance(told, str) and said in told, told
+
+
+def test_errors_with_pytorch(keras_torch_results: Results) -> None:
+    for told in of(keras_torch_results, "wrong_shape"):
+        assert isinstance(told, str) and "the gradient of a has shape (3,), the variable (2,)" in told, told
+
+
+def test_another_backend_of_keras_is_refused() -> None:
+    code = "import keras; keras.backend.backend = lambda: 'jax'; import hvd_backup.keras"  # jax itself is not installed
+    env = {**os.environ, "KERAS_BACKEND": "torch"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "works with Keras on TensorFlow or PyTorch, but its backend is jax" in done.stderr

@@ -22,8 +22,8 @@ using hvd_backup::Stream;
 namespace tf = tensorflow;
 
 constexpr char stream_is_gone[] =
-    "this function was traced with an optimizer or a collective of hvd_backup from before shutdown(): make it anew "
-    "after init()";
+    "hvd_backup: this function was traced with an optimizer or a collective of hvd_backup from before shutdown(): make "
+    "it anew after init()";
 
 absl::Status failure(const std::string& reason) { return absl::AbortedError("hvd_backup: " + reason); }
 
@@ -60,7 +60,7 @@ class Submit : public tf::OpKernel {
                 absl::InvalidArgumentError("hvd_backup: the gradients of bucket " + std::to_string(bucket_) +
                                            " have other shapes than their variables"));
     const std::string error =
-        stream->submit(bucket_, bucket.contribution, bucket.result, hyperparameters.flat<double>().data());
+        stream->submit(bucket_, bucket.contribution, bucket.result, hyperparameters.flat<double>().data(), false);
     OP_REQUIRES(context, error.empty(), failure(error));
   }
 
@@ -147,13 +147,13 @@ class FirstN : public tf::AsyncOpKernel {
       const tf::Tensor& tensor = context->input(i);
       tf::Tensor* result = nullptr;
       OP_REQUIRES_OK_ASYNC(context, context->allocate_output(i, tensor.shape(), &result), done);
-      const std::string error = stream->submit(i, tensor.data(), result->data(), nullptr);
+      const std::string error = stream->submit(i, tensor.data(), result->data(), nullptr, true);
       OP_REQUIRES_ASYNC(context, error.empty(), failure(error), done);
     }
     stream->take([context, done = std::move(done)](const Outcome& outcome) {
-      if (!outcome.error.empty()) keep(context);
+      if (!outcome.error.empty() || outcome.given_up) keep(context);
       OP_REQUIRES_ASYNC(context, outcome.error.empty(), failure(outcome.error), done);
-      const auto& ranks = outcome.contributors.front();
+      const auto ranks = outcome.given_up ? std::vector<std::int32_t>{} : outcome.contributors.front();
       tf::Tensor* contributors = nullptr;
       const auto count = static_cast<std::int64_t>(ranks.size());
       OP_REQUIRES_OK_ASYNC(context, context->allocate_output(context->num_inputs(), {count}, &contributors), done);
@@ -163,7 +163,8 @@ class FirstN : public tf::AsyncOpKernel {
   }
 
  private:
-  // After a failure the engine may still use the buffers for a while: they are kept for good, as the program ends.
+  // After a failure, or when Ctrl-C has ended the wait, the engine may still use the buffers for a while: they are kept
+  // for good, as the program ends.
   static void keep(tf::OpKernelContext* context) {
     static auto* const kept = new std::vector<tf::Tensor>;
     static auto* const mutex = new std::mutex;

@@ -8,11 +8,16 @@
 #include <sstream>
 #include <utility>
 
+#include "bindings/tensorflow_interrupt.h"
+
 namespace hvd_backup {
 
 namespace {
 
 constexpr std::int64_t slice_us = 100'000;  // between two looks for the end of the stream
+constexpr char interrupted[] =
+    "Ctrl-C has ended the wait for the other ranks in the middle of an update, so this rank can take part in it no "
+    "more: end the program, or begin anew with new optimizers on all ranks";
 constexpr char under_way[] = "it is under way already: give collectives that may run at the same time different names";
 
 struct Registry {
@@ -55,15 +60,17 @@ void Stream::set_samples(double samples) {
   samples_ = samples;
 }
 
-std::string Stream::submit(int index, const void* contribution, void* result, const double* hyperparameters) {
+std::string Stream::submit(int index, const void* contribution, void* result, const double* hyperparameters,
+                           bool take_follows) {
   const std::scoped_lock lock(mutex_);
   if (busy_) return under_way;
+  if (interrupted_) return interrupt_waits() ? "" : interrupted;
   if (!begun_) {
     const std::string sent = metadata(hyperparameters);
     if (core_.begin(channel_, samples_, sent.data(), sent.size()) != HVDB_OK) return core_.last_error();
     begun_ = in_step_ = true;
   }
-  return core_.submit(channel_, index, contribution, result, 0) == HVDB_OK ? "" : core_.last_error();
+  return core_.submit(channel_, index, contribution, result, take_follows ? 1 : 0) == HVDB_OK ? "" : core_.last_error();
 }
 
 void Stream::take(Done done) {
@@ -104,7 +111,7 @@ void Stream::run() {
     {
       const std::scoped_lock lock(mutex_);
       busy_ = false;
-      if (outcome.error.empty()) {
+      if (outcome.error.empty() && !outcome.given_up) {
         const bool missed = outcome.kind == HVDB_UPDATE && !outcome.contributed;
         caught_up_ += missed ? 1 : 0;
         kind_ = outcome.kind == HVDB_UPDATE ? "update" : outcome.kind == HVDB_OVER ? "over" : "resume";
@@ -127,8 +134,18 @@ void Stream::run() {
 
 Outcome Stream::wait() {
   Outcome outcome;
+  outcome.hyperparameters.assign(names_.size(), std::numeric_limits<double>::quiet_NaN());
+  {
+    const std::scoped_lock lock(mutex_);
+    if (interrupted_) {
+      outcome.given_up = interrupt_waits();
+      outcome.error = outcome.given_up ? "" : interrupted;
+      return outcome;
+    }
+  }
   hvdb_update* update = nullptr;
   hvdb_status status = HVDB_TIMEOUT;
+  int waits = 0;  // how often in a row there was an interrupt that nobody has heard
   while (status == HVDB_TIMEOUT) {
     {
       const std::scoped_lock lock(mutex_);
@@ -138,6 +155,12 @@ Outcome Stream::wait() {
       }
     }
     status = core_.wait(channel_, slice_us, &update);
+    waits = status == HVDB_TIMEOUT && interrupt_waits() ? waits + 1 : 0;
+    if (waits == 2) {  // for a whole slice, in which Python did not hear of it
+      const std::scoped_lock lock(mutex_);
+      interrupted_ = outcome.given_up = true;
+      return outcome;
+    }
   }
   if (status != HVDB_OK) {
     outcome.error = core_.last_error();
@@ -166,8 +189,6 @@ Outcome Stream::wait() {
             << contributors.str() << "]";
     const std::scoped_lock lock(mutex_);
     account_ = account.str();
-  } else {
-    outcome.hyperparameters.assign(names_.size(), std::numeric_limits<double>::quiet_NaN());
   }
   core_.update_destroy(update);
   return outcome;
@@ -202,7 +223,7 @@ std::vector<double> Stream::values_of(const std::string& metadata) const {
 #define HVD_BACKUP_TF_API extern "C" __attribute__((visibility("default")))
 
 // functions: _core.function_table(). names: of the hyperparameters that travel with updates, separated by commas.
-// contributions, results: null for streams of first-N collectives, whose tensors are handed over as they are. Returns
+// contributions, results: nulls for streams of first-N collectives, whose tensors are handed over as they are. Returns
 // the stream's number, or -1 when the core has another table of functions than this library was built for.
 HVD_BACKUP_TF_API std::int64_t hvdb_tf_open(const void* functions, void* channel, int buckets,
                                             void* const* contributions, void* const* results,
@@ -212,13 +233,14 @@ HVD_BACKUP_TF_API std::int64_t hvdb_tf_open(const void* functions, void* channel
   if (core->abi != HVDB_FUNCTIONS_ABI) return -1;
   std::vector<BucketMemory> memory;
   for (int b = 0; b < buckets; ++b) {
-    memory.push_back({contributions ? contributions[b] : nullptr, results ? results[b] : nullptr, bytes[b]});
+    memory.push_back({contributions[b], results[b], bytes[b]});
   }
   std::vector<std::string> hyperparameters;
   std::istringstream list(names);
   for (std::string name; std::getline(list, name, ',');) hyperparameters.push_back(name);
   auto stream = std::make_shared<Stream>(*core, static_cast<hvdb_channel*>(channel), std::move(memory),
                                          std::move(hyperparameters));
+  watch_for_interrupt();
   const std::scoped_lock lock(registry().mutex);
   const std::int64_t number = registry().next++;
   registry().streams[number] = std::move(stream);

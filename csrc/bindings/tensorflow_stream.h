@@ -19,9 +19,12 @@
 
 namespace hvd_backup {
 
-// What waiting has given: an error, or an update.
+// What waiting has given: an error, or an update. Or it was given up because of Ctrl-C: then the op succeeds with
+// nothing to apply, so that TensorFlow returns to Python, which raises KeyboardInterrupt. (A failure would be made an
+// exception first, by Python code, in which KeyboardInterrupt would come where TensorFlow does not expect it.)
 struct Outcome {
   std::string error;
+  bool given_up = false;
   hvdb_update_kind kind = HVDB_OVER;
   bool contributed = false;
   std::vector<std::vector<std::int32_t>> contributors;  // of each scope
@@ -48,8 +51,10 @@ class Stream {
   std::size_t hyperparameters() const { return names_.size(); }
   void set_samples(double samples);
   // Copies nothing: bucket `index` is handed over from and to these addresses. The first one of a step sends the
-  // hyperparameters along. Returns the error, empty when there is none.
-  std::string submit(int index, const void* contribution, void* result, const double* hyperparameters);
+  // hyperparameters along. Returns the error, empty when there is none. Does nothing when a wait was given up just now.
+  // take_follows: at once, so that the engine's own thread need not be told.
+  std::string submit(int index, const void* contribution, void* result, const double* hyperparameters,
+                     bool take_follows);
   // Calls `done` from this stream's thread when there is an update to take; at once if another call is under way.
   void take(Done done);
   // What the last update was, as JSON, for Python.
@@ -71,8 +76,9 @@ class Stream {
   Done task_;
   bool busy_ = false;
   bool closed_ = false;
-  bool begun_ = false;    // a contribution is under way
-  bool in_step_ = false;  // since a contribution, until its update or that there is none
+  bool interrupted_ = false;  // a wait was given up: what was handed over is still the engine's
+  bool begun_ = false;        // a contribution is under way
+  bool in_step_ = false;      // since a contribution, until its update or that there is none
   double samples_ = 1.0;
   std::int64_t calls_ = 0;      // steps that have ended
   std::int64_t leftovers_ = 0;  // of them, those whose round was over

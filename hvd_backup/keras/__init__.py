@@ -1,4 +1,4 @@
-"""hvd_backup for Keras 3 on TensorFlow: horovod.keras's names, with backup workers.
+"""hvd_backup for Keras 3 on TensorFlow or PyTorch: horovod.keras's names, with backup workers.
 
 import hvd_backup.keras as hvd
 hvd.init()
@@ -6,25 +6,27 @@ model.compile(optimizer=hvd.DistributedOptimizer(keras.optimizers.Adam(), backup
 model.fit(data, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.FollowCallback()])
 """
 
+from typing import TYPE_CHECKING, Any
+
 from hvd_backup.applied import AppliedUpdate
-from hvd_backup.context import init, is_initialized, shutdown, straggler_report
+from hvd_backup.context import is_initialized, shutdown, straggler_report
 from hvd_backup.errors import ConfigError, HvdBackupError, NotInitializedError, UsageError
 from hvd_backup.first_n import ReduceOp
 from hvd_backup.follow import follow
 from hvd_backup.keras import callbacks
+from hvd_backup.keras.backend import Compression, broadcast_variables
+from hvd_backup.keras.collectives import allgather, allreduce, broadcast
+from hvd_backup.keras.horovod_names import NAMES
 from hvd_backup.keras.models import load_model
 from hvd_backup.keras.optimizer import DistributedOptimizer
 from hvd_backup.mpi import (
-    allgather,
     allgather_object,
     barrier,
-    broadcast,
     broadcast_object,
     cross_rank,
     cross_size,
     gloo_enabled,
     is_homogeneous,
-    join,
     local_rank,
     local_size,
     mpi_enabled,
@@ -32,13 +34,15 @@ from hvd_backup.mpi import (
     rank,
     size,
 )
-from hvd_backup.tensorflow.compression import Compression
-from hvd_backup.tensorflow.functions import broadcast_variables
+
+init, join = NAMES.init, NAMES.join
 
 Average = ReduceOp.AVERAGE
 Sum = ReduceOp.SUM
+Adasum = ReduceOp.ADASUM
 
 __all__ = [
+    "Adasum",
     "AppliedUpdate",
     "Average",
     "Compression",
@@ -51,6 +55,7 @@ __all__ = [
     "UsageError",
     "allgather",
     "allgather_object",
+    "allreduce",
     "barrier",
     "broadcast",
     "broadcast_object",
@@ -74,3 +79,11 @@ __all__ = [
     "size",
     "straggler_report",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        return NAMES.resolve(name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *NAMES.there()})

@@ -9,8 +9,10 @@ model.fit(data, callbacks=[
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import keras
@@ -18,8 +20,9 @@ import numpy as np
 
 from hvd_backup import context, mpi
 from hvd_backup.errors import UsageError
+from hvd_backup.follow import running
+from hvd_backup.keras.backend import broadcast_variables
 from hvd_backup.keras.optimizer import DistributedApply
-from hvd_backup.tensorflow.functions import broadcast_variables
 from hvd_backup.training import Training, end_rounds
 
 __all__ = [
@@ -38,6 +41,9 @@ class FollowCallback(keras.callbacks.Callback):
     A rank that is late ends its epoch when the others have, without working through the batches that are left; at the
     end of an epoch, and before its validation, all ranks have equal weights. Put it before callbacks that use all
     ranks (MetricAverageCallback), and, with backup workers, use it always.
+
+    When an exception ends fit() on a rank (in the data, or a callback), the others go on without it: at its next use of
+    the optimizer or of a full collective it applies what they have done until the end of their epoch.
     """
 
     def __init__(self) -> None:
@@ -53,7 +59,9 @@ class FollowCallback(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """The round begins."""
-        self._training().begin_round(self.params.get("steps") or -1, 0)
+        fit = _keras_loop()
+        still_runs = None if fit is None else running(fit)
+        self._training().begin_round(self.params.get("steps") or -1, 0, still_runs=still_runs)
         self._running = True
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -84,6 +92,17 @@ class FollowCallback(keras.callbacks.Callback):
                 "hvd.DistributedOptimizer"
             )
         return optimizer.training
+
+
+def _keras_loop() -> FrameType | None:
+    """The frame of Keras's own loop through the epochs: fit(). None: a loop of the user's calls the callbacks."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith("keras.") and not module.startswith("keras.src.callbacks"):
+            return frame
+        frame = frame.f_back
+    return None
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):

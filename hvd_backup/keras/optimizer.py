@@ -1,25 +1,26 @@
 """DistributedOptimizer: makes any Keras 3 optimizer one that applies the mean of the first gradients to arrive.
 
-The arguments are Horovod's (horovod/keras/__init__.py, 0.28.1), and then ours. The given optimizer itself becomes
-distributed: its class gets a derived one with the methods of DistributedApply in front. A model that is saved with it
-can be loaded without hvd_backup.
+The arguments are Horovod's (horovod/keras/__init__.py and horovod/tensorflow/keras/__init__.py, 0.28.1), and then ours.
+The given optimizer itself becomes distributed: its class gets a derived one with the methods of DistributedApply in
+front. A model that is saved with it can be loaded without hvd_backup.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
 from hvd_backup import context
 from hvd_backup.applied import AppliedUpdate
+from hvd_backup.beside_horovod import is_global
 from hvd_backup.errors import ConfigError, UsageError
 from hvd_backup.first_n import ReduceOp
+from hvd_backup.keras.backend import Compression, Updates
+from hvd_backup.keras.updates import KerasUpdates, UpdateOptions
 from hvd_backup.policy import Policy
-from hvd_backup.tensorflow.compression import Compression
-from hvd_backup.tensorflow.updates import GraphUpdates, UpdateOptions
 from hvd_backup.training import Training
 
 __all__ = ["DistributedApply", "DistributedOptimizer"]
@@ -28,12 +29,12 @@ __all__ = ["DistributedApply", "DistributedOptimizer"]
 class DistributedApply:
     """What is put in front of the wrapped optimizer's class. Its own state is in `_exchange` alone."""
 
-    _exchange: GraphUpdates
+    _exchange: KerasUpdates
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Applies the update that these gradients are part of, and before it all that this rank has missed.
 
-        Call it through compile() and fit(), or yourself, eagerly or inside tf.function.
+        Call it through compile() and fit(), or yourself, with TensorFlow eagerly or inside tf.function.
         """
         if len(grads) == 0:
             return
@@ -44,13 +45,12 @@ class DistributedApply:
         if not this.built:
             with keras.name_scope(this.name):
                 this.build(variables)
-        self._exchange.apply(list(grads), variables)
+        self._exchange.exchange(list(grads), variables)
 
     def finalize_variable_values(self, var_list: Any) -> None:
         """Called at the end of fit(): the ranks end it at the same update, with equal weights."""
         self.training.check_usable()
-        if not self.training.in_followed_round():
-            self.training.leave_round("the end of fit()")
+        self.training.end_plain_steps("the end of fit()")
         super().finalize_variable_values(var_list)  # type: ignore[misc]  # the wrapped optimizer's
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -77,6 +77,24 @@ class DistributedApply:
     @samples.setter
     def samples(self, value: float) -> None:
         self.training.samples = value
+
+    def metrics(self, **scalars: Any) -> None:
+        """Sends scalars along with the next gradients; `last_update.metrics` then has their means, on every rank.
+
+        Call it before apply(), in a train_step or a loop of your own; with TensorFlow in the same tf.function. The
+        names are fixed at the first apply(), and must be equal on all ranks. NaN means that this rank has no number.
+        """
+        self._exchange.metrics(scalars)
+
+    def on_update(self, fn: Callable[[AppliedUpdate], object]) -> None:
+        """Runs fn(update) after every update that this rank applies, also those that it has missed.
+
+        Args:
+            fn: must do the same on every rank, given the same update (a moving average of the weights, say). An
+                exception in it ends the training. With TensorFlow it is called eagerly from within the graph, so it
+                must be there before the first apply().
+        """
+        self._exchange.on_update(fn)
 
     @property
     def last_update(self) -> AppliedUpdate:
@@ -121,13 +139,13 @@ def DistributedOptimizer(  # noqa: N802
     sparse_as_dense: bool = False,
     gradient_predivide_factor: float = 1.0,
     op: int = ReduceOp.AVERAGE,
-    backward_passes_per_step: int = 1,
-    average_aggregated_gradients: bool = False,
+    *,
     num_groups: int = 0,
     groups: Any = None,
+    backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = False,
     process_set: Any = None,
     scale_local_gradients: bool = True,
-    *,
     backup_workers: int | float | str | None = None,
     min_contributors: int | None = None,
     policy: str | None = None,
@@ -149,6 +167,7 @@ def DistributedOptimizer(  # noqa: N802
             dtype policy mixed_float16 it is put into a LossScaleOptimizer first, as compile() would do.
         compression: Compression.none; Compression.fp16 sends float16.
         sparse_as_dense: sends gradients of embeddings (tf.IndexedSlices) as dense tensors; otherwise they are refused.
+            With PyTorch they are dense.
         gradient_predivide_factor: with Average: gradients are divided by it before the mean and multiplied afterwards.
         op: Average; or Sum: the mean times the number of ranks, so that who is late does not change the scale.
         backward_passes_per_step: 1; Keras accumulates gradients itself: optimizer(gradient_accumulation_steps=k).
@@ -207,18 +226,13 @@ def DistributedOptimizer(  # noqa: N802
         ),
     )
     optimizer.__class__ = type(own.__name__, (DistributedApply, own), {"__module__": own.__module__})
-    optimizer.__dict__["_exchange"] = GraphUpdates(place, rules, options, optimizer)
+    optimizer.__dict__["_exchange"] = Updates(place, rules, options, optimizer)
     optimizer.training.global_step = int(optimizer.iterations)
     return optimizer
 
 
 def _check(optimizer: Any, op: Any, backward_passes_per_step: int, process_set: Any) -> None:
     """Raises unless these can be used."""
-    if keras.backend.backend() != "tensorflow":
-        raise UsageError(
-            f"hvd_backup.keras works with Keras on TensorFlow, but KERAS_BACKEND is {keras.backend.backend()}: with "
-            "PyTorch train with hvd_backup.torch"
-        )
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise UsageError(f"DistributedOptimizer({type(optimizer).__name__}): expected a keras.optimizers.Optimizer")
     inner = getattr(optimizer, "inner_optimizer", optimizer)
@@ -226,7 +240,7 @@ def _check(optimizer: Any, op: Any, backward_passes_per_step: int, process_set: 
         raise UsageError("DistributedOptimizer was given an optimizer that is one already: wrap a plain one, once")
     if op not in (ReduceOp.AVERAGE, ReduceOp.SUM):
         raise ConfigError(f"op={op!r}: expected hvd.Average or hvd.Sum")
-    if process_set is not None and getattr(process_set, "process_set_id", None) != 0:
+    if not is_global(process_set):
         raise ConfigError("process_set: give init() a communicator of the ranks that work together in place of it")
     if backward_passes_per_step != 1:
         raise ConfigError(

@@ -11,19 +11,16 @@ Names that are not here are Horovod's own, where there is a Horovod: horovod_nam
 from typing import TYPE_CHECKING, Any
 
 from hvd_backup.applied import AppliedUpdate
-from hvd_backup.context import init, is_initialized, shutdown, straggler_report
+from hvd_backup.context import is_initialized, shutdown, straggler_report
 from hvd_backup.errors import ConfigError, HvdBackupError, NotInitializedError, UsageError
 from hvd_backup.first_n import ReduceOp
 from hvd_backup.follow import follow
 from hvd_backup.mpi import (
-    allgather_object,
     barrier,
-    broadcast_object,
     cross_rank,
     cross_size,
     gloo_enabled,
     is_homogeneous,
-    join,
     local_rank,
     local_size,
     mpi_enabled,
@@ -31,20 +28,35 @@ from hvd_backup.mpi import (
     rank,
     size,
 )
-from hvd_backup.tensorflow import horovod_names
 from hvd_backup.tensorflow.collectives import allgather, allreduce, broadcast
 from hvd_backup.tensorflow.compression import Compression
 from hvd_backup.tensorflow.first_n import FirstN, first_n_allreduce
-from hvd_backup.tensorflow.functions import broadcast_variables
+from hvd_backup.tensorflow.functions import (
+    allgather_object,
+    broadcast_,
+    broadcast_object,
+    broadcast_object_fn,
+    broadcast_variables,
+    local_rank_op,
+    local_size_op,
+    rank_op,
+    size_op,
+)
 from hvd_backup.tensorflow.gradient_tape import DistributedGradientTape
+from hvd_backup.tensorflow.horovod_names import NAMES
+from hvd_backup.tensorflow.optimizer import DistributedOptimizer
 
-if TYPE_CHECKING:
-    from hvd_backup.keras.optimizer import DistributedOptimizer
+init, join = NAMES.init, NAMES.join
 
 Average = ReduceOp.AVERAGE
 Sum = ReduceOp.SUM
+Adasum = ReduceOp.ADASUM
+Min = ReduceOp.MIN
+Max = ReduceOp.MAX
+Product = ReduceOp.PRODUCT
 
 __all__ = [
+    "Adasum",
     "AppliedUpdate",
     "Average",
     "Compression",
@@ -53,7 +65,10 @@ __all__ = [
     "DistributedOptimizer",
     "FirstN",
     "HvdBackupError",
+    "Max",
+    "Min",
     "NotInitializedError",
+    "Product",
     "ReduceOp",
     "Sum",
     "UsageError",
@@ -62,7 +77,9 @@ __all__ = [
     "allreduce",
     "barrier",
     "broadcast",
+    "broadcast_",
     "broadcast_object",
+    "broadcast_object_fn",
     "broadcast_variables",
     "cross_rank",
     "cross_size",
@@ -74,23 +91,23 @@ __all__ = [
     "is_initialized",
     "join",
     "local_rank",
+    "local_rank_op",
     "local_size",
+    "local_size_op",
     "mpi_enabled",
     "mpi_threads_supported",
     "rank",
+    "rank_op",
     "shutdown",
     "size",
+    "size_op",
     "straggler_report",
 ]
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if name == "DistributedOptimizer":  # Keras's, which builds on this package
-            from hvd_backup.keras.optimizer import DistributedOptimizer
-
-            return DistributedOptimizer
-        return horovod_names.resolve(name)
+        return NAMES.resolve(name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, *(horovod_names.NAMES if horovod_names.HOROVOD.usable() else ())})
+        return sorted({*globals(), *__all__, *NAMES.there()})

@@ -1,6 +1,7 @@
 """allreduce, allgather and broadcast of TensorFlow tensors over all ranks, as in horovod.tensorflow, with gradients.
 
-allreduce is an op of ours; the others go through NumPy (hvd_backup/mpi.py), inside tf.function as a Python call.
+allreduce is an op of ours; the others go through NumPy (hvd_backup/mpi.py), inside tf.function as a Python call. What
+ours cannot (process sets, other reductions, sparse tensors as they are) is done by Horovod, where it can be used.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_backup import context, mpi
+from hvd_backup.beside_horovod import is_global
 from hvd_backup.errors import UsageError
 from hvd_backup.first_n import ReduceOp
 from hvd_backup.tensorflow.compression import Compression
 from hvd_backup.tensorflow.first_n import dense, reduce
+from hvd_backup.tensorflow.horovod_names import NAMES
 
 __all__ = ["allgather", "allreduce", "broadcast"]
 
@@ -34,14 +37,29 @@ def allreduce(
 ) -> Any:
     """Mean or sum over all ranks; waits for all. Arguments as Horovod's; devices and ignore_name_scope change nothing.
 
+    Process sets, the other reductions and a tf.IndexedSlices need Horovod.
+
     Raises:
-        UsageError: a tf.IndexedSlices, a dtype or an op that cannot be used.
+        UsageError: a dtype or an op that cannot be used; something that needs Horovod, which is not there.
     """
-    _no_process_set(process_set)
     if average is not None and op is not None:
         raise UsageError(f"allreduce(average={average}, op={op}): give one of them")
     kind = op if op is not None else ReduceOp.SUM if average is False else ReduceOp.AVERAGE
     here = context.current()
+    ours = (
+        is_global(process_set) and kind in (ReduceOp.AVERAGE, ReduceOp.SUM) and not isinstance(tensor, tf.IndexedSlices)
+    )
+    if not ours and NAMES.horovod.usable():
+        return NAMES.enter("allreduce")(
+            tensor,
+            compression=compression,
+            op=int(kind),
+            prescale_factor=prescale_factor,
+            postscale_factor=postscale_factor,
+            name=name,
+            **({} if process_set is None else {"process_set": process_set}),
+        )
+    _only_all_ranks(process_set)
     if tf.executing_eagerly():
         here.before_full_collective("allreduce()")
     given = dense("allreduce", tensor, sparse_as_dense=False)
@@ -55,7 +73,9 @@ def allreduce(
 
 def allgather(tensor: Any, name: str | None = None, ignore_name_scope: bool = False, process_set: Any = None) -> Any:
     """Concatenates the tensors of all ranks along the first dimension, which may differ; the others must not."""
-    _no_process_set(process_set)
+    if not is_global(process_set) and NAMES.horovod.usable():
+        return NAMES.enter("allgather")(tensor, name, ignore_name_scope, process_set)
+    _only_all_ranks(process_set)
 
     @tf.custom_gradient  # each rank's gradient is its part of the sum of all
     def gather(given: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -78,7 +98,9 @@ def broadcast(
     tensor: Any, root_rank: int, name: str | None = None, ignore_name_scope: bool = False, process_set: Any = None
 ) -> Any:
     """The tensor of rank `root_rank`, on every rank. Shape and dtype must be equal on all ranks."""
-    _no_process_set(process_set)
+    if not is_global(process_set) and NAMES.horovod.usable():
+        return NAMES.enter("broadcast")(tensor, root_rank, name, ignore_name_scope, process_set)
+    _only_all_ranks(process_set)
 
     @tf.custom_gradient  # the root's gradient is the sum of all, the others have none
     def send(given: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -95,6 +117,9 @@ def broadcast(
     return send(tf.convert_to_tensor(tensor))
 
 
-def _no_process_set(process_set: Any) -> None:
-    if process_set is not None and getattr(process_set, "process_set_id", None) != 0:
-        raise UsageError("process_set is not there yet: give init() a communicator of the ranks that work together")
+def _only_all_ranks(process_set: Any) -> None:
+    if not is_global(process_set):
+        raise UsageError(
+            f"process_set needs Horovod, which cannot be used here ({NAMES.horovod.why_not()}): give init() a "
+            "communicator of the ranks that work together"
+        )

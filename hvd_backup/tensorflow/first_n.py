@@ -15,10 +15,10 @@ import tensorflow as tf
 
 from hvd_backup import _core, context
 from hvd_backup.context import Context
-from hvd_backup.errors import HvdBackupError, UsageError
+from hvd_backup.errors import UsageError
 from hvd_backup.first_n import DTYPE_BYTES, ReduceOp, contributors_wanted
 from hvd_backup.policy import journal_depth
-from hvd_backup.tensorflow.library import ops
+from hvd_backup.tensorflow.library import ops, refuse_xla
 from hvd_backup.tensorflow.streams import Stream
 
 __all__ = ["FirstN", "dense", "first_n_allreduce", "reduce"]
@@ -60,7 +60,7 @@ def first_n_allreduce(
 
     Raises:
         UsageError: a dtype, shape, n or op that cannot be used.
-        HvdBackupError, tf.errors.AbortedError: ranks differ in what they call; or the engine has failed.
+        HvdBackupError: ranks differ in what they call; or the engine has failed.
     """
     here = context.current()
     wanted = contributors_wanted(n, backup_workers, here.size, here.default_backup_workers)
@@ -88,11 +88,9 @@ def reduce(
         raise UsageError(f"{operation}: name={name!r}, expected a str")
     if op not in (ReduceOp.AVERAGE, ReduceOp.SUM):
         raise UsageError(f"{operation}: op={op!r} is not supported, only Average and Sum")
+    refuse_xla()
     line = _collectives_of(context.current()).line(operation, tensors, required, name, ReduceOp(op))
-    try:
-        results, contributors = ops().hvd_backup_first_n(list(tensors), stream=line.stream.number)
-    except tf.errors.AbortedError as error:  # eagerly; inside a function TensorFlow raises it, with this text
-        raise HvdBackupError(error.message) from None
+    results, contributors = ops().hvd_backup_first_n(list(tensors), stream=line.stream.number)
     if op == ReduceOp.AVERAGE:  # the engine sums integers exactly
         count = tf.size(contributors)
         results = [
@@ -162,7 +160,7 @@ class _Collectives:
         channel.set_layout(
             [(size, dtype) for size, (dtype, _) in zip(sizes, signature, strict=True)], [0] * len(signature)
         )
-        return _Line(operation, required, op, name, channel, Stream(place, channel, nbytes))
+        return _Line(operation, required, op, name, channel, Stream(place, channel, [(size, 0, 0) for size in nbytes]))
 
 
 _all: weakref.WeakKeyDictionary[Context, _Collectives] = weakref.WeakKeyDictionary()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
+import weakref
 from typing import Any
 
 import tensorflow as tf
 
 from hvd_backup import context
+from hvd_backup.beside_horovod import is_global
 from hvd_backup.errors import ConfigError, UsageError
 from hvd_backup.first_n import ReduceOp, contributors_wanted
 from hvd_backup.tensorflow.compression import Compression
@@ -54,9 +57,11 @@ def DistributedGradientTape(  # noqa: N802
         optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights))
 
     With backup workers the k-th call on each rank is the k-th mean, over the first ranks to arrive; a rank that came
-    too late gets it, too, one for each call. So all ranks need equally many calls, and a rank that is always slow falls
-    behind until the others wait for it (HVD_BACKUP_JOURNAL_BYTES bounds how far): for that use DistributedOptimizer,
-    which applies all that was missed at once.
+    too late gets it at once, without waiting. A tape knows nothing of what is done with its gradients, so it cannot
+    apply what a rank has missed: each rank makes as many calls as the others. That is right for ranks that are late at
+    times. A rank that is always slow falls behind; the others do not wait for it until HVD_BACKUP_JOURNAL_BYTES are
+    full, but it ends as much later as it is slow, and a warning says so. For that leave the tape as it is and use
+    DistributedOptimizer, which applies all that was missed within one apply_gradients(), and goes on with the newest.
 
     Args:
         gradtape: the tape; it is changed in place.
@@ -75,7 +80,7 @@ def DistributedGradientTape(  # noqa: N802
             f"op={op!r} with gradient_predivide_factor={gradient_predivide_factor}: expected hvd.Average "
             "or hvd.Sum, and the factor with hvd.Average alone"
         )
-    if process_set is not None and getattr(process_set, "process_set_id", None) != 0:
+    if not is_global(process_set):
         raise ConfigError("process_set: give init() a communicator of the ranks that work together in place of it")
     here = context.current()
     required = contributors_wanted(None, backup_workers, here.size, here.default_backup_workers)
@@ -87,7 +92,9 @@ def DistributedGradientTape(  # noqa: N802
         if gradient_predivide_factor != 1.0:
             given = [each / tf.cast(gradient_predivide_factor, each.dtype) for each in given]
         compressed, told = zip(*(compression.compress(each) for each in given), strict=True)
-        results, _ = reduce("gradient_tape", compressed, required, None, ReduceOp.AVERAGE)
+        results, contributors = reduce("gradient_tape", compressed, required, None, ReduceOp.AVERAGE)
+        if required < here.size:
+            results = _watched(here, results, contributors)
         results = [compression.decompress(each, what) for each, what in zip(results, told, strict=True)]
         factor = here.size if op == ReduceOp.SUM else gradient_predivide_factor
         return results if factor == 1.0 else [each * tf.cast(factor, each.dtype) for each in results]
@@ -97,6 +104,35 @@ def DistributedGradientTape(  # noqa: N802
     kind: Any = type(gradtape)
     own.__class__ = _reducing(kind)
     return own
+
+
+LEFT_OUT = 50  # so often in a row a rank is not late at times, but slow
+
+_left_out: weakref.WeakKeyDictionary[context.Context, int] = weakref.WeakKeyDictionary()  # in a row
+
+
+def _watched(here: context.Context, results: list[Any], contributors: Any) -> list[Any]:
+    """The results, and a warning when this rank is always left out."""
+    place = weakref.ref(here)
+
+    def note(taken: Any) -> Any:
+        now = place()
+        if now is not None:
+            _left_out[now] = 0 if taken else _left_out.get(now, 0) + 1
+            if _left_out[now] == LEFT_OUT:
+                warnings.warn(
+                    f"rank {now.rank}: the gradients of this rank came too late for the last {LEFT_OUT} calls of "
+                    "DistributedGradientTape.gradient(). It falls behind the others, since it has to make every call "
+                    "that they make. Use a plain tf.GradientTape and hvd.DistributedOptimizer(optimizer, "
+                    "backup_workers=...): its apply_gradients() applies at once all that a rank has missed",
+                    stacklevel=2,
+                )
+        return taken
+
+    taken = tf.reduce_any(tf.equal(contributors, here.rank))
+    noted = tf.numpy_function(note, [taken], tf.bool)
+    with tf.control_dependencies([noted]):
+        return [tf.identity(result) for result in results]
 
 
 @functools.cache  # a loop makes a tape in every step

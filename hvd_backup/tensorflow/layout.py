@@ -91,14 +91,12 @@ class Layout:
         ]
 
     @property
-    def bytes(self) -> list[int]:
-        """Of each bucket."""
-        return [buffer.nbytes for buffer in self._results]
-
-    @property
-    def contribution_addresses(self) -> list[int]:
-        """Where gradients are packed."""
-        return [buffer.ctypes.data for buffer in self._contributions]
+    def buffers(self) -> list[tuple[int, int, int]]:
+        """Of each bucket: bytes, where gradients are packed, where updates arrive."""
+        return [
+            (result.nbytes, contribution.ctypes.data, result.ctypes.data)
+            for contribution, result in zip(self._contributions, self._results, strict=True)
+        ]
 
     @property
     def result_addresses(self) -> list[int]:

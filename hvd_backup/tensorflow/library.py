@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import signal
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util  # no public name says whether a graph is compiled by XLA
 
 from hvd_backup import _core
+from hvd_backup.errors import UsageError
+from hvd_backup.tensorflow.errors import translate
 
-__all__ = ["mismatch", "native", "ops"]
+__all__ = ["mismatch", "native", "ops", "refuse_xla"]
+
+translate()
 
 REMEDY = (
     "build hvd_backup again in this environment, in its source folder: "
@@ -63,7 +69,30 @@ def native() -> ctypes.CDLL:
     library.hvdb_tf_set_samples.restype = None
     library.hvdb_tf_last_update.argtypes = [ctypes.c_int64]
     library.hvdb_tf_last_update.restype = ctypes.c_char_p
+    library.hvdb_tf_answer_interrupts.restype = None
+    library.hvdb_tf_answer_interrupts(ctypes.pythonapi.Py_AddPendingCall, _interrupt_raises)
     return library
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def _interrupt_raises() -> int:
+    """Whether Ctrl-C raises KeyboardInterrupt: the program has not set up something else for it."""
+    return int(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+
+
+def refuse_xla() -> None:
+    """Raises UsageError where no op of ours can work."""
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    if graph is not None and control_flow_util.GraphOrParentsInXlaContext(graph):
+        raise UsageError(
+            "a function that XLA compiles cannot exchange anything with other ranks: model.compile(..., "
+            "jit_compile=False), or tf.function without jit_compile=True; layers may be compiled by functions of their "
+            "own"
+        )
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        raise UsageError(
+            "a tf.distribute strategy with several replicas is at work: hvd_backup needs one process for each device"
+        )
 
 
 def _path() -> Path:

@@ -21,8 +21,7 @@ class Stream:
     Args:
         place: whose end is awaited.
         channel: open, with its layout.
-        buckets: bytes of each bucket.
-        contributions, results: the addresses of each bucket's buffers; empty when the ops bring their own.
+        buffers: of each bucket: bytes, and the addresses (contribution, result); 0 when the ops bring their own.
         hyperparameters: names of the numbers that travel with updates.
 
     Attributes:
@@ -33,19 +32,18 @@ class Stream:
         self,
         place: Context,
         channel: _core.Channel,
-        buckets: Sequence[int],
-        contributions: Sequence[int] = (),
-        results: Sequence[int] = (),
+        buffers: Sequence[tuple[int, int, int]],
         hyperparameters: Sequence[str] = (),
     ) -> None:
-        addresses = ctypes.c_void_p * len(buckets)
+        addresses = ctypes.c_void_p * len(buffers)
+        sizes, contributions, results = zip(*buffers, strict=True)
         self.number: int = native().hvdb_tf_open(
             _core.function_table(),
             channel.address,
-            len(buckets),
-            addresses(*contributions) if contributions else None,
-            addresses(*results) if results else None,
-            (ctypes.c_uint64 * len(buckets))(*buckets),
+            len(buffers),
+            addresses(*contributions),
+            addresses(*results),
+            (ctypes.c_uint64 * len(buffers))(*sizes),
             ",".join(hyperparameters).encode(),
         )
         if self.number < 0:

@@ -64,9 +64,11 @@ class GraphTraining(Training):
         """The newest update applied here, and what became of the last gradient."""
         told = self._account()
         if "step" not in told:
-            return no_update_yet(())
+            return no_update_yet(self._metrics.names)
         update: Any = SimpleNamespace(**told)
-        described = describe_update(update, self._earlier_steps, self._gradient_scopes, told.get("caught_up", 0), {})
+        means = self._metrics.means(has_result=len(update.contributors[-1]) > 0)
+        caught_up = told.get("caught_up", 0)
+        described = describe_update(update, self._earlier_steps, self._gradient_scopes, caught_up, means)
         object.__setattr__(described, "dropped", told.get("dropped", False))
         return described
 
@@ -103,7 +105,19 @@ class GraphTraining(Training):
             self._settle()
         return over
 
-    # --- samples and updates ---
+    # --- samples, metrics and updates ---
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """In the order in which they travel."""
+        return self._metrics.names
+
+    def metrics_buffers(self) -> list[tuple[int, int, int]]:
+        """Of the bucket after those of the gradients, if any: bytes, and the addresses (contribution, result)."""
+        metrics = self._metrics
+        if not metrics.elements:
+            return []
+        return [(8 * metrics.elements, metrics.contribution_address, metrics.result_address)]
 
     @property
     def samples(self) -> float:

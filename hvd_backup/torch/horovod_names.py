@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvd_backup import context
-from hvd_backup.beside_horovod import Horovod
+from hvd_backup.beside_horovod import Horovod, is_global, words
 from hvd_backup.errors import UsageError
 from hvd_backup.torch import collectives
 
@@ -35,26 +35,22 @@ __all__ = [
 ]
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-OURS = _words("""
+OURS = words("""
     Adasum Average Compression DistributedOptimizer Max Min Product Sum allgather_object barrier broadcast_object
     broadcast_optimizer_state broadcast_parameters cross_rank cross_size gloo_enabled init is_homogeneous is_initialized
     join local_rank local_size mpi_enabled mpi_threads_supported poll rank shutdown size synchronize
 """)
-EITHER = _words("""
+EITHER = words("""
     allgather allgather_async allreduce allreduce_ allreduce_async allreduce_async_ broadcast broadcast_
     broadcast_async broadcast_async_
 """)
-COLLECTIVES = _words("""
+COLLECTIVES = words("""
     add_process_set alltoall alltoall_async grouped_allgather grouped_allgather_async grouped_allreduce
     grouped_allreduce_ grouped_allreduce_async grouped_allreduce_async_ grouped_reducescatter
     grouped_reducescatter_async reducescatter reducescatter_async remove_process_set sparse_allreduce_async
 """)
-STARTED = _words("SyncBatchNorm elastic global_process_set start_timeline stop_timeline")
-PLAIN = _words("""
+STARTED = words("SyncBatchNorm elastic global_process_set start_timeline stop_timeline")
+PLAIN = words("""
     HorovodInternalError ProcessSet ccl_built cuda_built ddl_built gloo_built mpi_built nccl_built rocm_built
 """)
 NAMES = OURS | EITHER | COLLECTIVES | STARTED | PLAIN
@@ -131,18 +127,7 @@ def join(device: int = -1) -> int:
     Returns:
         The rank that joined last.
     """
-    if not HOROVOD.usable():
-        return context.current().join()
-    import threading
-
-    here = context.current()
-    here.begin_join()
-    # Horovod's collectives of the others go on meanwhile. It may not have been started yet, which takes all ranks.
-    theirs = threading.Thread(target=lambda: HOROVOD.start().join(device), daemon=True)
-    theirs.start()
-    last = here.end_join()
-    theirs.join()
-    return last
+    return HOROVOD.join(device) if HOROVOD.usable() else context.current().join()
 
 
 def synchronize(handle: Any) -> Any:
@@ -157,11 +142,6 @@ def poll(handle: Any) -> bool:
     if isinstance(handle, collectives.HANDLES) or not HOROVOD.usable():
         return collectives.poll(handle)
     return bool(HOROVOD.module().poll(handle))
-
-
-def is_global(process_set: Any) -> bool:
-    """Whether a process set is that of all ranks: None, or Horovod's global one."""
-    return process_set is None or getattr(process_set, "process_set_id", None) == 0
 
 
 def _enter(name: str) -> Any:
