@@ -160,11 +160,10 @@ class HorovodNames:
     def join(self) -> int:
         """For uneven data: this rank's part is over; returns when all ranks have joined, the one that did so last.
 
-        Until then collectives of the others go on; an optimizer's update is the mean over those that have not joined.
+        Until then the collectives and the training of the others go on, and this rank applies their updates. In updates
+        without backup workers it counts as zeros.
         """
-        if self.horovod.usable() and self.horovod.module().is_initialized():
-            return self.horovod.join()
-        return context.current().join()
+        return self.horovod.join() if self.horovod.usable() else context.current().join()
 
     def resolve(self, name: str) -> Any:
         """The object behind a name.
