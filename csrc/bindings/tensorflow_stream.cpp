@@ -94,8 +94,11 @@ void Stream::take(Done done) {
 
 std::string Stream::last_update() {
   const std::scoped_lock lock(mutex_);
+  const bool missed = caught_up_ > 0;  // while its functions run, an update says how many came before it
+  const std::string ending =
+      missed ? "\"caught_up\": " + std::to_string(caught_up_ - 1) + ", \"dropped\": false" : ending_;
   return "{\"calls\": " + std::to_string(calls_) + ", \"leftovers\": " + std::to_string(leftovers_) + ", \"kind\": \"" +
-         kind_ + "\"" + (account_.empty() ? "" : ", ") + account_ + (ending_.empty() ? "" : ", ") + ending_ + "}";
+         kind_ + "\"" + (account_.empty() ? "" : ", ") + account_ + (ending.empty() ? "" : ", ") + ending + "}";
 }
 
 void Stream::run() {
