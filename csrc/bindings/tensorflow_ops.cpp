@@ -27,7 +27,7 @@ constexpr char stream_is_gone[] =
 
 absl::Status failure(const std::string& reason) { return absl::AbortedError("hvd_backup: " + reason); }
 
-// The kinds of HvdBackupNextUpdate, as hvd_backup/tensorflow/updates.py knows them.
+// The kinds of HvdBackupNextUpdate, as hvd_backup/keras/tensorflow_updates.py knows them.
 enum Kind : std::int32_t { nothing = 0, missed = 1, own = 2 };
 
 class Submit : public tf::OpKernel {

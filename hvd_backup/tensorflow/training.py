@@ -19,7 +19,7 @@ __all__ = ["GraphFramework", "GraphTraining"]
 
 
 class GraphFramework(Protocol):
-    """What an optimizer does for its training: hvd_backup/tensorflow/updates.py."""
+    """What an optimizer does for its training: hvd_backup/keras/tensorflow_updates.py."""
 
     def open(self) -> None:
         """Opens the channel: a round ends before the first step."""
