@@ -145,7 +145,7 @@ def test_before_a_step_has_been_timed_a_rank_starts_at_once() -> None:
     assert resume_now(now=10**9, opened=0, typical_us=0).reason == "no step has been timed yet"
 
 
-LONGEST = {Expecting.transfer: 50, Expecting.message: 200, Expecting.nothing: 2000}
+LONGEST = {Expecting.transfer: 50, Expecting.message: 200, Expecting.nothing: 2500}
 
 
 @given(st.integers(0, 10**7), st.sampled_from(list(LONGEST)), st.integers(0, 1000))

@@ -2,7 +2,7 @@
 //
 // MPI can only be asked, so a sleeping engine answers late. It may be late by 2 % of the time that it has been idle:
 // short naps while something is going on, long ones in a long forward pass, where an idle thread polls 50 times for
-// each factor e of idle time, then 500 times a second at most. While somebody waits, a core is free, and it polls more.
+// each factor e of idle time, then 400 times a second at most. While somebody waits, a core is free, and it polls more.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ enum class Expecting {
 // 0: yield.
 inline TimeUs nap_us(TimeUs idle_us, Expecting expecting, TimeUs spins_us) {
   if (idle_us < spins_us) return 0;
-  const TimeUs longest = expecting == Expecting::transfer ? 50 : expecting == Expecting::message ? 200 : 2000;
+  const TimeUs longest = expecting == Expecting::transfer ? 50 : expecting == Expecting::message ? 200 : 2500;
   return std::clamp<TimeUs>(idle_us / 50, 50, longest);
 }
 
