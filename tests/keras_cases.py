@@ -24,7 +24,7 @@ import keras
 import numpy as np
 
 import hvd_backup.keras as hvd
-from hvd_backup import faults
+from hvd_backup import context, faults
 
 BATCH = 4  # samples of each rank in a step
 STEPS = 20  # of an epoch
@@ -340,6 +340,31 @@ def saved_and_loaded() -> dict[str, Any]:
     )
     loaded.fit(shard(), epochs=1, verbose=0, callbacks=[hvd.callbacks.FollowCallback()])
     return {"equal": equal, "kinds": kinds, "digest": digest(loaded), "step": loaded.optimizer.global_step}
+
+
+@case
+def beside_pytorch() -> dict[str, Any]:
+    """A Keras optimizer and one of PyTorch's own train in turns in one process, on one engine."""
+    import torch
+
+    import hvd_backup.torch as hvd_torch
+    from tests import torch_training
+
+    engine = context.current().engine
+    hvd_torch.init()
+    net = torch_training.make_model()
+    other = hvd_torch.DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net.named_parameters())
+    trained = model(hvd.DistributedOptimizer(keras.optimizers.SGD(0.05)))
+    for step, (x, y) in enumerate(shard(5)):
+        trained.train_on_batch(x, y)
+        other.zero_grad()
+        torch_training.loss_of(net, torch_training.batch(hvd.rank(), step)).backward()
+        other.step()
+    return {
+        "one": context.current().engine is engine,
+        "digest": digest(trained) + torch_training.digest(net),
+        "steps": (trained.optimizer.global_step, other.global_step),
+    }
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

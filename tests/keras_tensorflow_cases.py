@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 import hvd_backup.keras as hvd
-from hvd_backup import context, faults
-from tests import tensorflow_cases, torch_training
+from hvd_backup import faults
+from tests import tensorflow_cases
 from tests.keras_cases import OPTIMIZERS, digest, model, shard, train_with_delays, watched
 
 CASES: dict[str, Callable[[], Any]] = {}
@@ -79,30 +79,6 @@ def own_loop_eagerly() -> dict[str, Any]:
 @case
 def own_loop_with_an_embedding() -> dict[str, Any]:
     return own_loop(tf.function, sparse=True)
-
-
-@case
-def beside_pytorch() -> dict[str, Any]:
-    """Both frameworks train in turns in one process, on one engine."""
-    import torch
-
-    import hvd_backup.torch as hvd_torch
-
-    engine = context.current().engine
-    hvd_torch.init()
-    net = torch_training.make_model()
-    other = hvd_torch.DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net.named_parameters())
-    trained = model(hvd.DistributedOptimizer(keras.optimizers.SGD(0.05)))
-    for step, (x, y) in enumerate(shard(5)):
-        trained.train_on_batch(x, y)
-        other.zero_grad()
-        torch_training.loss_of(net, torch_training.batch(hvd.rank(), step)).backward()
-        other.step()
-    return {
-        "one": context.current().engine is engine,
-        "digest": digest(trained) + torch_training.digest(net),
-        "steps": (trained.optimizer.global_step, other.global_step),
-    }
 
 
 @case

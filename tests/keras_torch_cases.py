@@ -8,8 +8,7 @@ import keras
 import torch
 
 import hvd_backup.keras as hvd
-from hvd_backup import context, faults
-from tests import torch_training
+from hvd_backup import faults
 from tests.keras_cases import digest, model, shard, watched
 
 CASES: dict[str, Callable[[], Any]] = {}
@@ -49,27 +48,6 @@ def own_loop_eagerly() -> dict[str, Any]:
     net.optimizer = optimizer
     told = {"digest": digest(net), "step": optimizer.global_step, "computed": computed, "seen": seen}
     return {**told, "untouched": untouched}
-
-
-@case
-def beside_pytorch() -> dict[str, Any]:
-    """A Keras optimizer and one of PyTorch's own train in turns on one engine."""
-    import hvd_backup.torch as hvd_torch
-
-    engine = context.current().engine
-    net = torch_training.make_model()
-    other = hvd_torch.DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net.named_parameters())
-    trained = model(hvd.DistributedOptimizer(keras.optimizers.SGD(0.05)))
-    for step, (x, y) in enumerate(shard(5)):
-        trained.train_on_batch(x, y)
-        other.zero_grad()
-        torch_training.loss_of(net, torch_training.batch(hvd.rank(), step)).backward()
-        other.step()
-    return {
-        "one": context.current().engine is engine,
-        "digest": digest(trained) + torch_training.digest(net),
-        "steps": (trained.optimizer.global_step, other.global_step),
-    }
 
 
 @case

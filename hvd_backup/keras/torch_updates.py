@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from hvd_backup.context import Context
 from hvd_backup.errors import UsageError
 from hvd_backup.keras.updates import Appliable, KerasUpdates, UpdateOptions, name_of
 from hvd_backup.policy import Policy
-from hvd_backup.torch.buckets import DTYPES, Buckets
+from hvd_backup.torch.buckets import DTYPES, Buckets, gradients_kept
 from hvd_backup.training import Training
 
 __all__ = ["TorchUpdates"]
@@ -112,13 +112,6 @@ class TorchUpdates(KerasUpdates):
     def applied(self) -> None:
         """See Framework."""
 
-    @contextmanager
-    def outside_step(self) -> Iterator[None]:
+    def outside_step(self) -> AbstractContextManager[None]:
         """See Framework."""
-        shown = [parameter.grad for parameter in self._parameters]
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for parameter, gradient in zip(self._parameters, shown, strict=True):
-                parameter.grad = gradient
+        return gradients_kept(self._parameters)

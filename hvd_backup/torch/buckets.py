@@ -10,7 +10,8 @@ It knows no engine and no steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from hvd_backup.errors import ConfigError
 from hvd_backup.torch.compression import NoneCompressor
 
-__all__ = ["DTYPES", "Bucket", "Buckets", "Wire", "dense_strides", "plan"]
+__all__ = ["DTYPES", "Bucket", "Buckets", "Wire", "dense_strides", "gradients_kept", "plan"]
 
 # Names as the engine has them.
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
@@ -73,6 +74,18 @@ def _plan_groups(
 def dense_strides(parameter: torch.Tensor) -> tuple[int, ...]:
     """The strides that autograd gives to a gradient of `parameter`: its own, unless those leave gaps or overlap."""
     return torch.empty_like(parameter, device="meta").stride()
+
+
+@contextmanager
+def gradients_kept(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within it updates may be loaded and applied, without autograd; afterwards p.grad is what it was before."""
+    shown = [parameter.grad for parameter in parameters]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter, gradient in zip(parameters, shown, strict=True):
+            parameter.grad = gradient
 
 
 class Wire:

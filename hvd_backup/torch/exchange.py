@@ -22,7 +22,7 @@ from hvd_backup.context import Context
 from hvd_backup.errors import UsageError
 from hvd_backup.policy import Policy
 from hvd_backup.torch import hyperparameters
-from hvd_backup.torch.buckets import Buckets, dense_strides
+from hvd_backup.torch.buckets import Buckets, dense_strides, gradients_kept
 from hvd_backup.torch.scaling import DrivenScaler
 from hvd_backup.training import Training
 
@@ -318,13 +318,10 @@ class GradientExchange:
     @contextmanager
     def outside_step(self) -> Iterator[None]:
         """See Framework. p.grad shows no result buffer outside of step(), so nothing that it shows is overwritten."""
-        shown = [parameter.grad for parameter in self._parameters]
         try:
-            with torch.no_grad():
+            with gradients_kept(self._parameters):
                 yield
         finally:
-            for parameter, gradient in zip(self._parameters, shown, strict=True):
-                parameter.grad = gradient
             self._loaded = False
 
     # --- the end of a step ---
