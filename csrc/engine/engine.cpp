@@ -72,11 +72,22 @@ class PreciseNaps {
 // What fits, with the rest of the message, into one that MPI sends without asking the receiver first.
 constexpr std::size_t most_payload_bytes = 4096;
 
+// By what contributions are multiplied, and their sum. The same, whoever sums.
+struct Factors {
+  std::vector<double> weights;
+  double scale = 1.0;
+};
+
+Factors factors_of(const Decision& decision, DataType dtype, bool average) {
+  if (average && !is_integer(dtype)) return {decision.weights, 1.0 / decision.samples};
+  return {std::vector<double>(decision.weights.size(), 1.0), 1.0};  // a plain sum
+}
+
 // The elements, and behind them what they are and what becomes of them.
 std::string payload_of(const Bucket& bucket, bool average) {
   std::string payload(static_cast<const char*>(bucket.contribution), bucket.bytes());
   payload.push_back(static_cast<char>(bucket.layout.dtype));
-  payload.push_back(average && !is_integer(bucket.layout.dtype) ? 1 : 0);
+  payload.push_back(average ? 1 : 0);
   return payload;
 }
 
@@ -85,16 +96,14 @@ std::string combine_payloads(const Decision& decision, const std::vector<std::st
   if (payloads.front().size() <= 2) return {};
   const std::string form = payloads.front().substr(payloads.front().size() - 2);
   const auto dtype = static_cast<DataType>(form.front());
-  const bool average = form.back() != 0;
+  const Factors factors = factors_of(decision, dtype, form.back() != 0);
   std::vector<const void*> sources;
   for (const std::string& payload : payloads) {
     if (payload.size() != payloads.front().size() || !payload.ends_with(form)) return {};
     sources.push_back(payload.data());
   }
   std::string result(payloads.front().size() - 2, '\0');
-  const std::vector<double> weights = average ? decision.weights : std::vector<double>(payloads.size(), 1.0);
-  weighted_sum(dtype, result.data(), sources, weights, average ? 1.0 / decision.samples : 1.0,
-               result.size() / size_of(dtype));
+  weighted_sum(dtype, result.data(), sources, factors.weights, factors.scale, result.size() / size_of(dtype));
   return result;
 }
 
@@ -667,18 +676,15 @@ void Engine::start_reduction(const Start& start) {
   }
   AllreduceOptions options;
   options.members.assign(decision.contributors.begin(), decision.contributors.end());
-  options.weights = decision.weights;
   options.dtype = bucket.layout.dtype;
   options.count = bucket.layout.count;
   options.contribution = bucket.contribution;
   options.result = bucket.result;
   options.tag = decision.tag + 2 * start.bucket;
   options.staging = &staging_;
-  if (start.channel->average && !is_integer(options.dtype)) {
-    options.scale = 1.0 / decision.samples;
-  } else {
-    options.weights.assign(decision.weights.size(), 1.0);  // a plain sum
-  }
+  Factors factors = factors_of(decision, options.dtype, start.channel->average);
+  options.weights = std::move(factors.weights);
+  options.scale = factors.scale;
   if (start.channel->measured && start.bucket < start.channel->gradient_buckets && !is_integer(options.dtype)) {
     options.norms = std::make_shared<SquaredNorms>();
   }
