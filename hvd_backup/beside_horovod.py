@@ -81,12 +81,14 @@ class Horovod:
         return horovod
 
     def join(self, *arguments: Any) -> int:
-        """Ours and Horovod's join() at the same time: this rank's part is over; returns when all ranks have joined.
+        """Ours and, if it can be used, Horovod's join() at the same time; returns when all ranks have joined.
 
         Returns:
             The rank that joined last.
         """
         here = context.current()
+        if not self.usable():
+            return here.join()
         here.begin_join()
         # Horovod's collectives of the others go on meanwhile. It may not have been started yet, which takes all ranks.
         theirs = threading.Thread(target=lambda: self.start().join(*arguments), daemon=True)
@@ -163,7 +165,7 @@ class HorovodNames:
         Until then the collectives and the training of the others go on, and this rank applies their updates. In updates
         without backup workers it counts as zeros.
         """
-        return self.horovod.join() if self.horovod.usable() else context.current().join()
+        return self.horovod.join()
 
     def resolve(self, name: str) -> Any:
         """The object behind a name.

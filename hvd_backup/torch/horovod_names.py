@@ -127,7 +127,7 @@ def join(device: int = -1) -> int:
     Returns:
         The rank that joined last.
     """
-    return HOROVOD.join(device) if HOROVOD.usable() else context.current().join()
+    return HOROVOD.join(device)
 
 
 def synchronize(handle: Any) -> Any:
