@@ -1,25 +1,22 @@
-"""One rank is stopped (SIGSTOP) for 2 s while it computes: how long do the others wait?
+"""One rank is stopped (SIGSTOP) for 2 s at random moments: how long do the others wait?
 
-    python benchmarks/stopped_rank_perf.py [--ranks 4] [--stops 5] [--stop-s 2] [--json FILE]
+    python benchmarks/stopped_rank_perf.py [--ranks 4] [--stops 20] [--stop-s 2] [--model-mib 4] [--json FILE]
 
-Computing is sleeping (simulated_training.py), with one backup worker. The last rank stops itself in the middle of its
-computing, all of its threads with it; a child process of it sends SIGCONT --stop-s seconds later. The moment within
-the computing is drawn anew for each stop.
+Computing is sleeping (simulated_training.py), with one backup worker. A child process of the last rank stops it, all of
+its threads with it, at any moment, also in the middle of a reduction, and lets it go on --stop-s seconds later.
 
-Definition. The extra wait of a step is what it took longer than the median step of the same rank while nobody was
-stopped. Reported are the longest and the median extra wait of the others among the steps that a stop overlaps, how many
-updates the stopped rank then caught up, and how long after SIGCONT it contributed again. All ranks verify that they
-applied the same updates, each from at least N contributors, with the right mean.
+Definition. The extra wait of a stop is what the longest step of any other rank that overlaps it took longer than the
+median step of that rank while nobody was stopped. Reported are the longest and the median extra wait over all stops, in
+how many of them the reduction that was going on had to be begun anew or ended without the rank, how many updates the
+stopped rank then caught up, and how long after SIGCONT it contributed again. All ranks verify that they applied the
+same updates, each from at least N contributors, with the right mean.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import random
-import signal
 import subprocess
-import time
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,43 +24,50 @@ from mpi4py import MPI
 
 import hvd_backup.torch as hvd
 import measurement
+from hvd_backup import context
 from simulated_training import SimulatedTraining, StepRecord
+
+# Of the child process: stops its parent at random moments, and prints when (this machine's monotonic clock).
+STOPPER = """
+import os, random, signal, sys, time
+parent, stops, stop_s, pause_s = os.getppid(), int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+moment = random.Random(int(sys.argv[4]))
+for _ in range(stops):
+    time.sleep(pause_s * (0.5 + moment.random()))
+    begin = time.perf_counter()
+    os.kill(parent, signal.SIGSTOP)
+    time.sleep(stop_s)
+    os.kill(parent, signal.SIGCONT)
+    print(begin, time.perf_counter(), flush=True)
+"""
+PAUSE_S = 1.0  # on average between two stops
 
 
 class Stopper:
-    """Stops its own process for `stop_s` seconds at chosen steps, in the middle of computing."""
+    """Stops this process, again and again, from now on."""
 
-    def __init__(self, steps: Sequence[int], stop_s: float, compute_s: float) -> None:
-        self.waiting = sorted(steps)
-        self.stop_s = stop_s
-        self.compute_s = compute_s
-        self.stops: list[tuple[float, float]] = []  # (stopped, continued), seconds on this machine's monotonic clock
-        self.moment = random.Random(0)
+    def __init__(self, stops: int, stop_s: float, seed: int) -> None:
+        numbers = [str(number) for number in (stops, stop_s, PAUSE_S, seed)]
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", STOPPER, *numbers], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
 
-    def extra_s(self, step: int) -> float:
-        """Called where computing ends; returns how much longer to compute, after having been stopped if it is time."""
-        if not self.waiting or step < self.waiting[0]:
-            return 0.0
-        del self.waiting[0]
-        into = self.moment.random() * self.compute_s
-        time.sleep(into)  # away from the end of the update before, in which this rank may still have been sending
-        subprocess.Popen(["sh", "-c", f"sleep {self.stop_s}; kill -CONT {os.getpid()}"])
-        stopped = time.perf_counter()
-        os.kill(os.getpid(), signal.SIGSTOP)
-        while time.perf_counter() - stopped < self.stop_s / 2:
-            time.sleep(0.001)  # the signal reaches some thread of the process: it need not have stopped this one yet
-        self.stops.append((stopped, time.perf_counter()))
-        return 0.0
+    def finish(self) -> list[tuple[float, float]]:
+        """When this process was stopped and when it was let go on, in seconds."""
+        printed, _ = self._child.communicate()
+        return [(float(begin), float(end)) for begin, end in (line.split() for line in printed.splitlines())]
 
 
 def extra_waits(records: Sequence[StepRecord], stops: Sequence[tuple[float, float]]) -> list[float]:
-    """Seconds by which each step that overlaps a stop was longer than the median of those that do not."""
+    """For each stop, seconds by which the longest step that overlaps it was longer than the median of all others."""
 
     def overlaps(record: StepRecord) -> bool:
         return any(record.began < end and begin < record.ended for begin, end in stops)
 
     usual = measurement.percentile([r.ended - r.began for r in records[2:] if not overlaps(r)], 50)
-    return [r.ended - r.began - usual for r in records if overlaps(r)]
+    return [
+        max(r.ended - r.began - usual for r in records if r.began < end and begin < r.ended) for begin, end in stops
+    ]
 
 
 def back_after(records: Sequence[StepRecord], stops: Sequence[tuple[float, float]]) -> list[float]:
@@ -73,45 +77,45 @@ def back_after(records: Sequence[StepRecord], stops: Sequence[tuple[float, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model-mib", type=float, default=1.0, help="size of the gradients in MiB (default 1)")
+    parser.add_argument("--model-mib", type=float, default=4.0, help="size of the gradients in MiB (default 4)")
     parser.add_argument("--compute-ms", type=float, default=20.0, help="every rank's computing per step (default 20)")
-    parser.add_argument("--stops", type=int, default=5, help="how often the last rank is stopped (default 5)")
+    parser.add_argument("--stops", type=int, default=20, help="how often the last rank is stopped (default 20)")
     parser.add_argument("--stop-s", type=float, default=2.0, help="how long, in seconds (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     args = measurement.parse(parser)
     if args.quick:
-        args.stops, args.stop_s = 1, 0.5
+        args.stops, args.stop_s = 2, 0.5
     comm = MPI.COMM_WORLD
     if comm.size < 2:
         parser.error("stopping one rank of a job takes at least 2")
     if comm.Split_type(MPI.COMM_TYPE_SHARED).size != comm.size:
         parser.error("the ranks must be on one machine: the times of a stop are compared with those of the others")
     hvd.init()
-    # Between two stops: 1 s on time. The steps in which it is stopped are counted by the others, who go on.
-    pause = round(1.0 / (args.compute_ms / 1e3))
-    during = round(args.stop_s / (args.compute_ms / 1e3))
-    steps = [pause + index * (pause + during) for index in range(args.stops)]
-    total = pause + args.stops * (pause + during)
+    total = round(((args.stops + 1) * (1.5 * PAUSE_S + args.stop_s)) / (args.compute_ms / 1e3))
     training = SimulatedTraining(
         args.model_mib,
         args.compute_ms / 1e3,
         backup_workers=1,
-        max_lag=max(64, 2 * during),  # wider than the stop
+        max_lag=max(64, round(2 * args.stop_s / (args.compute_ms / 1e3))),  # wider than the stop
     )
-    stopper = Stopper(steps if comm.rank == comm.size - 1 else [], args.stop_s, args.compute_ms / 1e3)
-    mine = training.run(total, stopper.extra_s)
+    is_last = comm.rank == comm.size - 1
+    stopper = Stopper(args.stops, args.stop_s, args.seed) if is_last else None
+    mine = training.run(total, lambda step: 0.0)
     training.verify(total, comm.size - 1)
     records = comm.gather(mine, root=0)
-    stops = comm.bcast(stopper.stops, root=comm.size - 1)
+    stops = comm.bcast(stopper.finish() if stopper else None, root=comm.size - 1)
+    recorded = context.current().engine.recorded(total) if comm.rank == 0 else ""
     if records is not None:
-        waits = [wait for rank in records[:-1] for wait in extra_waits(rank, stops)]
+        waits = [max(of_stop) for of_stop in zip(*(extra_waits(rank, stops) for rank in records[:-1]), strict=True)]
         back = back_after(records[-1], stops)
         results: dict[str, Any] = {
             "stops": len(stops),
             "stopped_s": [end - begin for begin, end in stops],
-            "steps_of_the_others": len(waits),
             "longest_extra_wait_ms": max(waits) * 1e3,
-            "p99_extra_wait_ms": measurement.percentile(waits, 99) * 1e3,
+            "p90_extra_wait_ms": measurement.percentile(waits, 90) * 1e3,
             "median_extra_wait_ms": measurement.percentile(waits, 50) * 1e3,
+            "begun_anew": recorded.count('"event": "replaced"'),
+            "ended_without": recorded.count('"event": "stopped"'),
             "caught_up": [
                 max(r.caught_up for r in records[-1] if begin < r.ended <= end + 1.0) for begin, end in stops
             ],
@@ -126,14 +130,16 @@ def main() -> None:
 def print_results(args: argparse.Namespace, ranks: int, results: dict[str, Any]) -> None:
     rows = [
         ("longest extra wait of the others [ms]", f"{results['longest_extra_wait_ms']:.1f}"),
-        ("p99 [ms]", f"{results['p99_extra_wait_ms']:.1f}"),
+        ("90 % of the stops [ms]", f"{results['p90_extra_wait_ms']:.1f}"),
         ("median [ms]", f"{results['median_extra_wait_ms']:.2f}"),
-        ("steps of the others during the stops", str(results["steps_of_the_others"])),
+        ("reductions begun anew", str(results["begun_anew"])),
+        ("reductions ended without the rank", str(results["ended_without"])),
         ("updates caught up after each stop", ", ".join(map(str, results["caught_up"]))),
         ("contributed again after [ms]", ", ".join(f"{ms:.0f}" for ms in results["contributed_again_after_ms"])),
     ]
     title = (
-        f"{ranks} ranks, computing {args.compute_ms:g} ms; one stopped {results['stops']} times for {args.stop_s:g} s"
+        f"{ranks} ranks, {args.model_mib:g} MiB, computing {args.compute_ms:g} ms; "
+        f"one stopped {results['stops']} times for {args.stop_s:g} s"
     )
     measurement.print_table(title, ["", "value"], rows, "Verified: same updates, >= N contributors, right mean.")
 

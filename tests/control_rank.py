@@ -10,7 +10,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hvd_backup._core_testing import Member
+from hvd_backup._core_testing import Member, compose
 
 if TYPE_CHECKING:
     from tests.control_world import World
@@ -82,6 +82,7 @@ class Line:
         self.gradient: Gradient | None = None
         self.begun = 0
         self.reductions: dict[int, dict[str, Any]] = {}  # by scope, of the current gradient: the decision
+        self.received: dict[int, set[int]] = {}  # likewise: who had sent all of its part when it stopped
         self.results: dict[tuple[int, int], Value] = {}  # by step and scope: what lies in the result buffers
         self.missed: dict[str, Any] | None = None  # the update that is being fetched
         self.journal: dict[tuple[int, int], tuple[Value, set[int]]] = {}  # by step and scope: the sum, which shards
@@ -108,12 +109,13 @@ class Line:
         counters = self.member.counters()
         gradient, self.gradient = self.gradient, None
         if gradient is not None:
+            # A rank that stopped after it had contributed fetches what its gradient is in.
+            counts = update["kind"] == "update" and all(self.rank in ranks for ranks in update["contributors"])
+            check(counts or not update["contributed"], f"I7: {update}")
             counted = tuple(counters[key] - gradient.counters[key] for key in ("contributed", "dropped"))
-            check(counted == ((1, 0) if update["contributed"] else (0, 1)), f"I7: counted as {counted}: {update}")
+            check(counted == ((1, 0) if counts else (0, 1)), f"I7: counted as {counted}: {update}")
             on_record = gradient.recorded or gradient.leftover
-            check(
-                update["contributed"] != on_record, f"I7: on record as dropped: {on_record}, rank {self.rank}: {update}"
-            )
+            check(counts != on_record, f"I7: on record as dropped: {on_record}, rank {self.rank}: {update}")
         if update["kind"] == "update":
             self._apply(update)
         return update
@@ -148,8 +150,13 @@ class Line:
             return
         for message in self.member.take_messages():
             self.world.send(self.rank, message)
+        for scope, decision in list(self.reductions.items()):
+            if not self.member.contributing(decision["step"], scope, decision["attempt"]):
+                del self.reductions[scope]
         for decision in self.member.take_reductions():
             self.reductions[decision["scope"]] = decision
+            self.journal.pop((decision["step"], decision["scope"]), None)  # of an earlier attempt
+            self.received[decision["scope"]] = set()
         missed = self.member.take_catch_up()
         if missed is not None:
             self.missed = missed
@@ -160,9 +167,46 @@ class Line:
             return
         if body["message"] == "Opened":
             self.id = body["channel"]
+        if body["message"] == "Probe":
+            self._answer(body)
+            return
         self.member.receive(message)
+        if body["message"] == "Final" and body["stopped"]:  # all is kept for those, and for others in their place
+            value, _ = self.journal[body["step"], body["scope"]]
+            self.journal[body["step"], body["scope"]] = (value, set(range(len(value[0]))))
         for key in [key for key in self.journal if key[0] < self.member.all_have]:
             del self.journal[key]
+
+    def _answer(self, probe: dict[str, Any]) -> None:
+        """Says how far this rank is, as the engine does."""
+        answer = {key: probe[key] for key in ("channel", "step", "scope", "attempt")}
+        step, scope = probe["step"], probe["scope"]
+        if self.member.contributing(step, scope, probe["attempt"]):
+            answer["unsubmitted"] = self.member.unsubmitted(scope)
+            answer["contributions_missing"] = self._missing(scope)
+        self.world.send(self.rank, compose("Progress", **answer))
+
+    def can_complete(self, scope: int) -> bool:
+        """Whether the data of all contributors are here, or on their way."""
+        return not self._missing(scope)
+
+    def _missing(self, scope: int) -> list[int]:
+        missing = []
+        for other in self.reductions[scope]["contributors"]:
+            line = self.world.ranks[other].lines[self.spec.name]
+            sends = line.has_started(self.reductions[scope]) and not self.world.ranks[other].stopped
+            if not sends and other not in self.received[scope]:
+                missing.append(other)
+        return missing
+
+    def sent_before_stopping(self, some: int) -> None:
+        """This rank stops: some of the others have all of its part (as the bits of `some` say), others have not."""
+        for scope, decision in self.reductions.items():
+            for other in decision["contributors"]:
+                line = self.world.ranks[other].lines[self.spec.name]
+                same = line.reductions.get(scope, {}).get("tag") == decision["tag"]
+                if same and some >> other & 1 and self.has_started(decision):
+                    line.received[scope].add(self.rank)
 
     def has_started(self, decision: dict[str, Any]) -> bool:
         """Whether all buckets of that reduction have been handed over here, or it has even ended."""
@@ -180,7 +224,7 @@ class Line:
         decision = self.reductions.pop(scope)
         step, contributors = decision["step"], decision["contributors"]
         value = (tuple(contributors), decision["tag"])
-        if len(contributors) < self.world.size:
+        if len(contributors) < self.world.size or decision["votes"]:
             own, k = contributors.index(self.rank), len(contributors)
             self.journal[step, scope] = (value, {own, (own - 1) % k})
             kept = len({key[0] for key in self.journal})
@@ -201,24 +245,28 @@ class Line:
         for scope in self.missed["scopes"]:
             values = {keeper.journal[step, scope][0] for keeper in self._keepers(scope)}
             check(len(values) == 1, f"I1: the journals hold different sums of update {step}, scope {scope}: {values}")
-            self.results[step, scope] = values.pop()
+            value = self.results[step, scope] = values.pop()
+            if self.rank in value[0]:  # it had contributed before it stopped
+                own, k = value[0].index(self.rank), len(value[0])
+                self.journal[step, scope] = (value, {own, (own - 1) % k})
         self.missed = None
         self.member.fetched(step)
         self.collect()
+
+    def keeps(self, step: int, scope: int, shard: int) -> bool:
+        kept = self.journal.get((step, scope))
+        return kept is not None and shard in kept[1]
 
     def _keepers(self, scope: int) -> list[Line]:
         """For each shard who answers; empty when nobody does for one of them."""
         assert self.missed is not None
         contributors, step = self.missed["contributors"][scope], self.missed["step"]
         answering = []
-        for shard, owner in enumerate(contributors):
-            neighbour = contributors[(shard + 1) % len(contributors)]
-            both = [self.world.ranks[r].lines[self.spec.name] for r in (owner, neighbour)]
-            for keeper in both:
-                kept = keeper.journal.get((step, scope))
-                what = f"shard {shard} of update {step}, which rank {self.rank} misses"
-                check(kept is not None and shard in kept[1], f"I5: rank {keeper.rank} does not keep {what}")
-            answering += [keeper for keeper in both if not self.world.ranks[keeper.rank].stopped][:1]
+        for shard in range(len(contributors)):
+            all_lines = [self.world.ranks[r].lines[self.spec.name] for r in contributors if r != self.rank]
+            keepers = [line for line in all_lines if line.keeps(step, scope, shard)]
+            check(bool(keepers), f"I5: nobody keeps shard {shard} of update {step}, which rank {self.rank} misses")
+            answering += [keeper for keeper in keepers if not self.world.ranks[keeper.rank].stopped][:1]
         return answering if len(answering) == len(contributors) else []
 
 

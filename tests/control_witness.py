@@ -27,6 +27,8 @@ class Witness:
         self.paused: set[int] = set()
         self.joined: set[int] = set()
         self.contributors: dict[Key, list[int]] = {}  # of the last decision, without who has withdrawn since
+        self.left: dict[Key, set[int]] = {}  # who has withdrawn after the decision
+        self.attempts = 0
         self.excused: dict[Key, set[int]] = {}  # who could not contribute to it
         self.withdrawals = 0
         self.unanswered: Counter[tuple[object, ...]] = Counter()  # by rank and what it has asked: each gets one answer
@@ -54,6 +56,9 @@ class Witness:
             self.joined.add(r)
         elif kind == "Withdraw":
             self.withdrawals += 1
+            key = name, body["step"], body["scope"]
+            if r in self.contributors.get(key, []):
+                self.left.setdefault(key, set()).add(r)
 
     # --- what it says ---
 
@@ -65,8 +70,10 @@ class Witness:
                 check(gradient is not None, f"I7: there is no such gradient: {record}")
                 assert gradient is not None
                 gradient.recorded = True
-            elif event == "replaced":
-                self.contributors[key] = [r for r in self.contributors[key] if r not in record["ranks"]]
+            elif event in ("replaced", "stopped"):
+                self.attempts += 1
+                for r in record["ranks"]:
+                    self.unanswered[(r, *key)] += 1  # each is told that the others go on without it
             elif event == "decision":
                 self._decided(record, key)
             elif event == "round_over":
@@ -93,7 +100,7 @@ class Witness:
     def queue(self, to: int, length: int) -> None:
         """I4: what waits for a rank that is stopped has a fixed bound."""
         specs = self.world.specs.values()
-        bound = sum(spec.scopes for spec in specs) * (1 + self.withdrawals) + 3 * len(specs) + 2
+        bound = sum(spec.scopes for spec in specs) * 2 * (1 + self.withdrawals + self.attempts) + 3 * len(specs) + 2
         check(length <= bound, f"I4: {length} messages wait for rank {to}, at most {bound} may")
 
     # --- inside ---
@@ -120,7 +127,8 @@ class Witness:
         self.contributors[key] = record["ranks"]
         check(all(base == step for base in record["bases"]), f"I2: {record}")
         able = set(range(self.world.size)) - excused - set(record["ranks"])
-        check(len(record["ranks"]) >= spec.required or not able, f"I3: {able} could have contributed: {record}")
+        enough = len(record["ranks"]) >= spec.required or not able or bool(self.left.get(key))
+        check(enough, f"I3: {able} could have contributed: {record}")
         still_ask = [r for r in self.world.ranks if r.rank not in self.gone | self.joined]
         behind = min(r.lines[name].member.step if name in r.lines else 0 for r in still_ask)
         check(step + 1 - behind <= spec.max_lag, f"I5: a rank is at step {behind}, max_lag={spec.max_lag}: {record}")

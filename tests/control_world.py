@@ -88,7 +88,7 @@ class World:
         if not events and self.coordinator.next_deadline() is None and not any(rank.stopped for rank in self.ranks):
             return False
         if rare or not events:
-            events = self._rare_events()
+            events = self._rare_events(choice)
         self._happen(events[choice % len(events)])
         return True
 
@@ -123,8 +123,7 @@ class World:
                 out.append((f"rank {r} hears", lambda r=r: self._deliver(r)))
             for name, line in rank.lines.items():
                 for scope, decision in line.reductions.items():
-                    contributors = [self.ranks[other].lines[name] for other in decision["contributors"]]
-                    if all(other.has_started(decision) for other in contributors):
+                    if line.can_complete(scope):
                         what = f"rank {r} has reduced {name} step {decision['step']} scope {scope}"
                         out.append((what, lambda line=line, scope=scope: self._at(line, lambda: line.complete(scope))))
                 if line.missed and line.can_fetch():
@@ -134,13 +133,21 @@ class World:
                 out.append((f"program {r} goes on", lambda r=r: self._run(r)))
         return out
 
-    def _rare_events(self) -> list[Event]:
+    def _rare_events(self, choice: int) -> list[Event]:
         """What makes it hard: time passes, ranks stop and go on (not rank 0, which coordinates)."""
         out: list[Event] = [("time passes", self._pass_time)]
         for rank in self.ranks[1:]:
             what = f"rank {rank.rank} {'goes on' if rank.stopped else 'stops'}"
-            out.append((what, lambda rank=rank: setattr(rank, "stopped", not rank.stopped)))
+            out.append((what, lambda rank=rank: self.stop(rank.rank, not rank.stopped, choice)))
         return out
+
+    def stop(self, r: int, stopped: bool, some: int) -> None:
+        """A rank stops, or goes on. Some of the others have got all that it was sending them, as the bits say."""
+        rank = self.ranks[r]
+        if stopped and not rank.stopped:
+            for line in rank.lines.values():
+                line.sent_before_stopping(some)
+        rank.stopped = stopped
 
     def _happen(self, event: Event) -> None:
         what, action = event

@@ -61,10 +61,10 @@ def test_step_perf(tmp_path: Path, options: tuple[str, ...]) -> None:
 
 def test_stopped_rank_perf(tmp_path: Path) -> None:
     results, printed = quick_results("stopped_rank_perf", tmp_path)
-    assert results["stops"] == 1
-    assert results["stopped_s"][0] >= 0.5
-    assert results["caught_up"][0] >= 2
-    assert results["median_extra_wait_ms"] <= results["p99_extra_wait_ms"] <= results["longest_extra_wait_ms"] < 500
+    assert results["stops"] == 2
+    assert min(results["stopped_s"]) >= 0.5
+    assert min(results["caught_up"]) >= 2
+    assert results["median_extra_wait_ms"] <= results["p90_extra_wait_ms"] <= results["longest_extra_wait_ms"] < 500
     assert "longest extra wait" in printed
 
 

@@ -1,69 +1,10 @@
 """The coordinator's rules one by one, with a manual clock: what is said to whom, when, and in which words."""
 
-from typing import Any
+import itertools
 
 import pytest
-from hvd_backup._core_testing import Coordinator, compose, describe
 
-Said = list[tuple[int, dict[str, Any]]]
-
-
-class Talk:
-    """A coordinator, and ranks that say one thing at a time. `now` is the clock, in microseconds."""
-
-    def __init__(self, size: int, tag_limit: int = 1 << 20) -> None:
-        self.size = size
-        self.coordinator = Coordinator(size, tag_limit)
-        self.now = 0
-        self.records: list[dict[str, Any]] = []
-
-    def say(self, rank: int, kind: str, /, **fields: Any) -> Said:
-        self.coordinator.receive(rank, compose(kind, **fields), self.now)
-        return self.hear()
-
-    def tick(self) -> Said:
-        self.coordinator.tick(self.now)
-        return self.hear()
-
-    def hear(self) -> Said:
-        self.records += self.coordinator.take_records()
-        return [(to, describe(message)) for to, message in self.coordinator.take_replies()]
-
-    def open(self, kind: str = "training", name: str = "it", **options: int) -> "Talk":
-        number = ["training", "collective"].index(kind)
-        for rank in range(self.size):
-            self.say(rank, "Open", name=name, kind=number, options={"required": 2, "max_lag": 64} | options)
-        return self
-
-    def arrive(self, rank: int, step: int, **fields: Any) -> Said:
-        return self.say(rank, "Arrive", **({"step": step, "base": step} | fields))
-
-    def final(self, step: int, *contributors: int, **fields: Any) -> Said:
-        """All contributors arrive, and have the result."""
-        for rank in contributors:
-            self.arrive(rank, step, **fields)
-        out: Said = []
-        for rank in contributors:
-            out += self.say(rank, "Done", step=step)
-        return out
-
-    def follow(self, *lengths: int, align_every: int = 0, round: int = 0) -> Said:
-        out: Said = []
-        for rank, length in enumerate(lengths):
-            out += self.say(rank, "BeginRound", round=round, length=length, align_every=align_every)
-        return out
-
-    def recorded(self, event: str) -> list[dict[str, Any]]:
-        return [record for record in self.records if record["event"] == event]
-
-
-def told(said: Said) -> list[tuple[int, str]]:
-    return [(to, body["message"]) for to, body in said]
-
-
-def decisions(said: Said) -> dict[int, dict[str, Any]]:
-    return {to: body for to, body in said if body["message"] == "Decision"}
-
+from tests.control_talk import Said, Talk, decisions, told
 
 # --- opening ------------------------------------------------------------------------------------------------------
 
@@ -152,6 +93,9 @@ def test_the_first_n_are_in_and_the_next_is_late() -> None:
     late = talk.arrive(1, 0)
     assert told(late) == [(1, "Late")]
     assert late[0][1]["newest"] == 1
+    for rank in (0, 2):
+        assert talk.recorded("dropped") == [], "it might stand in for one of them"
+        talk.say(rank, "Done", step=0)
     dropped = talk.recorded("dropped")[0]
     assert (dropped["ranks"], dropped["step"], dropped["reason"]) == ([1], 0, "decided without it")
 
@@ -168,7 +112,7 @@ def test_who_comes_within_the_grace_time_is_in() -> None:
     assert talk.tick() == []
     talk.now = 1100
     assert list(decisions(talk.tick())) == [0, 1, 2]
-    assert talk.coordinator.next_deadline() is None
+    assert talk.coordinator.next_deadline() > 1100, "to look after the contributors"
 
 
 def test_the_grace_time_ends_when_all_are_there() -> None:
@@ -217,10 +161,9 @@ def test_scopes_are_decided_each_by_itself() -> None:
     assert len(talk.recorded("final")) == 1
 
 
-def test_tags_stay_below_the_limit_and_come_back() -> None:
-    talk = Talk(1, tag_limit=10).open(required=1)
-    tags = [decisions(talk.arrive(0, step, buckets=2))[0]["tag"] for step in range(5)]
-    assert tags == [0, 4, 0, 4, 0]
+def test_no_tag_is_given_out_twice() -> None:
+    talk = Talk(1).open(required=1)
+    assert [decisions(talk.arrive(0, step, buckets=2))[0]["tag"] for step in range(4)] == [0, 4, 8, 12]
 
 
 def test_done_counts_for_contributors_alone() -> None:
@@ -253,7 +196,7 @@ def test_only_final_updates_are_history() -> None:
     talk.arrive(1, 0)
     assert talk.say(2, "Sync", have=0) == []
     talk.say(0, "Done", step=0)
-    assert told(talk.say(1, "Done", step=0)) == [(2, "History")]
+    assert told(talk.say(1, "Done", step=0)) == [(0, "Final"), (1, "Final"), (2, "History")]
 
 
 def test_all_have_tells_what_journals_may_forget() -> None:
@@ -371,6 +314,9 @@ def test_a_step_that_is_decided_in_part_is_finished_before_the_round_ends() -> N
     for rank in (0, 1):
         said = talk.arrive(rank, 0, scope=1, **both)
     assert list(decisions(said)) == [0, 1]
+    for rank, scope in itertools.product((0, 1), (0, 1)):
+        assert talk.recorded("round_over") == []
+        talk.say(rank, "Done", step=0, scope=scope)
     assert [record["step"] for record in talk.recorded("round_over")] == [1]
 
 
@@ -452,7 +398,7 @@ def test_a_gradient_that_is_taken_back_before_the_decision_is_not_in_it() -> Non
 
 
 def test_a_gradient_that_is_taken_back_after_the_decision_is_replaced() -> None:
-    talk = Talk(3).open(required=3)
+    talk = Talk(4).open(required=3)
     for rank, samples in enumerate([0.1, 0.2, 0.3]):
         said = talk.arrive(rank, 0, samples=samples, metadata=f"of {rank}")
     first = decisions(said)[1]
@@ -469,6 +415,15 @@ def test_a_gradient_that_is_taken_back_after_the_decision_is_replaced() -> None:
     assert talk.recorded("final") == [], "what was done in the first attempt does not count"
     talk.say(1, "Done", step=0, attempt=1)
     assert len(talk.recorded("final")) == 1
+
+
+def test_without_backup_workers_a_gradient_that_is_taken_back_fails_all() -> None:
+    talk = Talk(3).open(required=3)
+    for rank in range(3):
+        talk.arrive(rank, 0)
+    said = talk.say(0, "Withdraw", step=0)
+    assert told(said) == [(0, "Failed"), (1, "Failed"), (2, "Failed")]
+    assert "rank 0 has left in the middle of step 0 of 'it', which needs all ranks" in said[1][1]["reason"]
 
 
 def test_when_all_contributors_have_withdrawn_the_update_is_empty_and_final() -> None:

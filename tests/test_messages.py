@@ -48,7 +48,15 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "Withdraw": place,
     "Waiting": {"channel": unsigned, "step": int64},
-    "Done": place | {"attempt": int32, "squares": st.fixed_dictionaries({"contributions": number, "mean": number})},
+    "Done": place
+    | {
+        "attempt": int32,
+        "kept": st.booleans(),
+        "squares": st.fixed_dictionaries({"contributions": number, "mean": number}),
+    },
+    "Kept": place,
+    "Progress": place
+    | {"attempt": int32, "unsubmitted": int32, "contributions_missing": ranks, "results_missing": ranks},
     "Sync": {"channel": unsigned, "have": int64, "round": int32},
     "BeginRound": {"channel": unsigned, "round": int32, "length": int64, "align_every": int64},
     "Away": {"channel": unsigned, "round": int32},
@@ -61,7 +69,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "Decision": place
     | {
         "attempt": int32,
-        "tag": int32,
+        "tag": int64,
+        "votes": st.booleans(),
         "contributors": ranks,
         "weights": st.lists(number, max_size=5),
         "samples": number,
@@ -70,6 +79,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "result": text,
         "outlook": outlook,
     },
+    "Final": place | {"attempt": int32, "stopped": ranks, "outlook": outlook},
+    "Probe": place | {"attempt": int32},
     "Late": place | {"newest": int64, "outlook": outlook},
     "History": {"channel": unsigned, "updates": st.lists(past, max_size=3), "outlook": outlook},
     "Resume": {"channel": unsigned, "outlook": outlook},

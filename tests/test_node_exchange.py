@@ -17,12 +17,12 @@ BLOCK_COUNT = core.NodeExchange.block_count
 
 
 class Rank:
-    """One rank of the node, with what it has heard: names of finished transfers, and tickets of the long way."""
+    """One rank of the node, with what it has heard: names of finished transfers, and what takes the long way."""
 
-    def __init__(self, exchange: core.NodeExchange, long_way: list[tuple[int, int, int]]) -> None:
+    def __init__(self, exchange: core.NodeExchange, long_way: list[tuple[int, int]]) -> None:
         self.exchange = exchange
         self.finished: list[Any] = []
-        self.long_way = long_way  # peer, tag, ticket
+        self.long_way = long_way  # peer, tag
 
     def send(self, peers: Sequence[int], tag: int, data: Array, name: Any = "sent") -> bool:
         done = self.told(name)
@@ -37,8 +37,8 @@ class Rank:
 
 
 def node(size: int) -> list[Rank]:
-    long_way: list[list[tuple[int, int, int]]] = [[] for _ in range(size)]
-    exchanges = core.node_exchanges(size, lambda rank, peer, tag, ticket: long_way[rank].append((peer, tag, ticket)))
+    long_way: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    exchanges = core.node_exchanges(size, lambda rank, peer, tag: long_way[rank].append((peer, tag)))
     return [Rank(exchange, taken) for exchange, taken in zip(exchanges, long_way, strict=True)]
 
 
@@ -108,12 +108,12 @@ def test_the_long_way_is_announced_in_its_place() -> None:
     ranks = node(2)
     before, after = np.zeros(8, np.int32), np.zeros(8, np.int32)
     assert ranks[0].send([1], 3, numbers(1))
-    ranks[0].exchange.announce(1, 3, 77)
+    ranks[0].exchange.announce(1, 3)
     assert ranks[0].send([1], 3, numbers(2))
     for name, into in (("before", before), ("long way", np.zeros(8, np.int32)), ("after", after)):
         ranks[1].receive(0, 3, into, name)
     let_run(ranks)
-    assert ranks[1].finished == ["before", "after"] and ranks[1].long_way == [(0, 3, 77)]
+    assert ranks[1].finished == ["before", "after"] and ranks[1].long_way == [(0, 3)]
     np.testing.assert_array_equal([before, after], [numbers(1), numbers(2)])
 
 
@@ -153,11 +153,27 @@ def test_who_cancels_a_receive_frees_the_senders_block() -> None:
     assert len(fill(ranks, tag=5)) == BLOCK_COUNT
 
 
+def test_what_comes_with_a_cancelled_tag_is_thrown_away() -> None:
+    """A rank that had stopped sends it long after the others have given it up."""
+    ranks = node(2)
+    ranks[1].exchange.cancel(4)
+    for _ in range(3 * BLOCK_COUNT):
+        assert ranks[0].send([1], 4, numbers(0))
+        let_run(ranks)
+    assert ranks[0].exchange.pending == 0 and ranks[1].exchange.pending == 0
+    ranks[0].exchange.announce(1, 4)
+    into = np.zeros(8, np.int32)
+    ranks[0].send([1], 5, numbers(1))
+    ranks[1].receive(0, 5, into)
+    let_run(ranks)
+    assert into.tolist() == numbers(1).tolist() and ranks[1].long_way == []
+
+
 def test_more_announcements_than_the_ring_holds() -> None:
     """They wait at the sender, in order, until the receiver has read those before."""
     ranks = node(2)
-    for ticket in range(1000):
-        ranks[0].exchange.announce(1, 0, ticket)
+    for _ in range(1000):
+        ranks[0].exchange.announce(1, 0)
     assert ranks[0].send([1], 0, numbers(5))
     assert ranks[0].exchange.pending > 0
     into = np.zeros(8, np.int32)
@@ -168,7 +184,7 @@ def test_more_announcements_than_the_ring_holds() -> None:
         read = len(ranks[1].long_way)
         let_run(ranks)
         assert len(ranks[1].long_way) > read or "last" in ranks[1].finished
-    assert ranks[1].long_way == [(0, 0, ticket) for ticket in range(1000)]
+    assert ranks[1].long_way == [(0, 0)] * 1000
     np.testing.assert_array_equal(into, numbers(5))
     assert ranks[0].exchange.pending == 0
 

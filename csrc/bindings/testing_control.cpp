@@ -37,7 +37,12 @@ constexpr const char* field_names<Withdraw> = "Withdraw channel step scope";
 template <>
 constexpr const char* field_names<Waiting> = "Waiting channel step";
 template <>
-constexpr const char* field_names<Done> = "Done channel step scope attempt squares";
+constexpr const char* field_names<Done> = "Done channel step scope attempt kept squares";
+template <>
+constexpr const char* field_names<Kept> = "Kept channel step scope";
+template <>
+constexpr const char* field_names<Progress> =
+    "Progress channel step scope attempt unsubmitted contributions_missing results_missing";
 template <>
 constexpr const char* field_names<Sync> = "Sync channel have round";
 template <>
@@ -58,7 +63,11 @@ template <>
 constexpr const char* field_names<Failed> = "Failed name reason";
 template <>
 constexpr const char* field_names<Decision> =
-    "Decision channel step scope attempt tag contributors weights samples required metadata result outlook";
+    "Decision channel step scope attempt tag votes contributors weights samples required metadata result outlook";
+template <>
+constexpr const char* field_names<Final> = "Final channel step scope attempt stopped outlook";
+template <>
+constexpr const char* field_names<Probe> = "Probe channel step scope attempt";
 template <>
 constexpr const char* field_names<Late> = "Late channel step scope newest outlook";
 template <>
@@ -364,7 +373,7 @@ void register_policies(nb::module_& module) {
 
 void register_coordinator(nb::module_& module) {
   nb::class_<Coordinator>(module, "Coordinator")
-      .def(nb::init<int, std::int32_t>(), "size"_a, "tag_limit"_a = 1 << 20)
+      .def(nb::init<int>(), "size"_a)
       .def(
           "receive",
           [](Coordinator& self, int from, const nb::bytes& message, TimeUs now) {
@@ -408,6 +417,9 @@ void register_member(nb::module_& module) {
       .def_prop_ro("round_over", &Member::round_over)
       .def_prop_ro("all_have", &Member::all_have)
       .def("contributing", &Member::contributing, "step"_a, "scope"_a, "attempt"_a)
+      .def("unsubmitted", &Member::unsubmitted, "scope"_a)
+      .def("hold", &Member::hold)
+      .def("commit", [](Member& self) { return list_of(self.commit(), to_python<Decision>); })
       .def("contributing_to_any", &Member::contributing_to_any)
       .def("decided", &Member::decided)
       .def("counters",

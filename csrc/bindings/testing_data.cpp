@@ -68,6 +68,7 @@ void run_weighted_sum(std::string_view dtype, Address destination, const std::ve
 
 struct Collective {
   bool done = false;
+  std::shared_ptr<RunningAllreduce> running;
 };
 
 // A transport with the pool that its collectives share, as the engine has them.
@@ -82,8 +83,8 @@ struct Endpoint {
 
   std::shared_ptr<Collective> start(const std::vector<int>& members, const std::vector<double>& weights, double scale,
                                     std::string_view dtype, std::size_t count, Address contribution, Address result,
-                                    int tag, std::size_t small_bytes, std::size_t segment_bytes,
-                                    std::size_t staging_bytes) {
+                                    Tag tag, std::size_t small_bytes, std::size_t segment_bytes,
+                                    std::size_t staging_bytes, bool cancellable) {
     auto collective = std::make_shared<Collective>();
     AllreduceOptions options{.members = members,
                              .weights = weights,
@@ -93,12 +94,14 @@ struct Endpoint {
                              .contribution = pointer(contribution),
                              .result = pointer(result),
                              .tag = tag,
+                             .result_tag = tag + 1,
+                             .cancellable = cancellable,
                              .small_bytes = small_bytes,
                              .segment_bytes = segment_bytes,
                              .staging_bytes = staging_bytes,
                              .staging = &staging,
                              .norms = nullptr};
-    start_allreduce(open(), std::move(options), [collective] { collective->done = true; });
+    collective->running = start_allreduce(open(), std::move(options), [collective] { collective->done = true; });
     return collective;
   }
 
@@ -137,8 +140,8 @@ void send_message(Endpoint& self, int peer, const nb::bytes& message) {
   self.open().send_message(peer, Bytes(begin, begin + message.size()));
 }
 
-// The ranks of a node, all in this process. took_the_long_way(rank, peer, tag, ticket): instead of MPI.
-using TookTheLongWay = std::function<void(std::size_t rank, std::size_t peer, int tag, int ticket)>;
+// The ranks of a node, all in this process. took_the_long_way(rank, peer, tag): instead of MPI.
+using TookTheLongWay = std::function<void(std::size_t rank, std::size_t peer, Tag tag)>;
 
 std::vector<std::unique_ptr<NodeExchange>> node_exchanges(std::size_t ranks, const TookTheLongWay& took_the_long_way) {
   std::vector<SharedSegment> offered;
@@ -150,9 +153,8 @@ std::vector<std::unique_ptr<NodeExchange>> node_exchanges(std::size_t ranks, con
     std::vector<SharedSegment> mine;
     for (const SharedSegment& one : offered) mine.push_back(SharedSegment::open(one.path(), one.bytes().size()));
     exchanges.push_back(std::make_unique<NodeExchange>(
-        std::move(mine), rank, [=](std::size_t peer, int tag, int ticket, std::span<std::byte>, const OnDone&) {
-          took_the_long_way(rank, peer, tag, ticket);
-        }));
+        std::move(mine), rank,
+        [=](std::size_t peer, Tag tag, std::span<std::byte>, const OnDone&) { took_the_long_way(rank, peer, tag); }));
   }
   return exchanges;
 }
@@ -170,13 +172,13 @@ void register_node_exchange(nb::module_& module) {
       .def_ro_static("block_count", &NodeExchange::block_count)
       .def(
           "send",
-          [](NodeExchange& self, const std::vector<std::size_t>& peers, int tag, Address data, std::size_t bytes,
+          [](NodeExchange& self, const std::vector<std::size_t>& peers, Tag tag, Address data, std::size_t bytes,
              const OnDone& on_done) { return self.send(peers, tag, {pointer<const std::byte>(data), bytes}, on_done); },
           "peers"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
-      .def("announce", &NodeExchange::announce, "peer"_a, "tag"_a, "ticket"_a)
+      .def("announce", &NodeExchange::announce, "peer"_a, "tag"_a)
       .def(
           "receive",
-          [](NodeExchange& self, std::size_t peer, int tag, Address data, std::size_t bytes, OnDone on_done) {
+          [](NodeExchange& self, std::size_t peer, Tag tag, Address data, std::size_t bytes, OnDone on_done) {
             self.receive(peer, tag, {pointer<std::byte>(data), bytes}, std::move(on_done));
           },
           "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
@@ -231,7 +233,14 @@ void register_data_plane(nb::module_& module) {
   module.attr("min_segment_bytes") = min_segment_bytes;
 
   nb::class_<Hub>(module, "Hub").def(nb::init<int>(), "size"_a);
-  nb::class_<Collective>(module, "Collective").def_ro("done", &Collective::done);
+  nb::class_<Collective>(module, "Collective")
+      .def_ro("done", &Collective::done)
+      .def("abandon", [](Collective& self) { self.running->abandon(); })
+      .def("missing", [](Collective& self) {
+        const Missing missing = self.running->missing();
+        return std::pair(std::vector<int>(missing.contributions.begin(), missing.contributions.end()),
+                         std::vector<int>(missing.results.begin(), missing.results.end()));
+      });
   const AllreduceOptions defaults;
   nb::class_<Endpoint>(module, "Endpoint")
       .def_static(
@@ -247,34 +256,36 @@ void register_data_plane(nb::module_& module) {
       .def("close", [](Endpoint& self) { self.transport.reset(); })
       .def_prop_ro("rank", [](Endpoint& self) { return self.open().rank(); })
       .def_prop_ro("size", [](Endpoint& self) { return self.open().size(); })
-      .def_prop_ro("max_tag", [](Endpoint& self) { return self.open().max_tag(); })
       .def_prop_ro("pending", [](Endpoint& self) { return self.open().pending(); })
       .def("send_message", &send_message, "peer"_a, "message"_a)
       .def("receive_message", &receive_message)
       .def(
           "start_send",
-          [](Endpoint& self, int peer, int tag, Address data, std::size_t bytes, OnDone on_done) {
-            self.open().start_send(peer, tag, {pointer<const std::byte>(data), bytes}, std::move(on_done));
+          [](Endpoint& self, int peer, Tag tag, Address data, std::size_t bytes, OnDone on_done, bool cancellable) {
+            self.open().start_send(peer, tag, {pointer<const std::byte>(data), bytes}, std::move(on_done), cancellable);
           },
-          "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+          "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a, "cancellable"_a = false)
       .def(
           "start_receive",
-          [](Endpoint& self, int peer, int tag, Address data, std::size_t bytes, OnDone on_done) {
-            self.open().start_receive(peer, tag, {pointer<std::byte>(data), bytes}, std::move(on_done));
+          [](Endpoint& self, int peer, Tag tag, Address data, std::size_t bytes, OnDone on_done, bool cancellable) {
+            self.open().start_receive(peer, tag, {pointer<std::byte>(data), bytes}, std::move(on_done), cancellable);
           },
-          "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+          "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a, "cancellable"_a = false)
       .def(
           "start_send_to_all",
-          [](Endpoint& self, const std::vector<int>& peers, int tag, Address data, std::size_t bytes, OnDone on_done) {
-            self.open().start_send_to_all(peers, tag, {pointer<const std::byte>(data), bytes}, std::move(on_done));
+          [](Endpoint& self, const std::vector<int>& peers, Tag tag, Address data, std::size_t bytes, OnDone on_done,
+             bool cancellable) {
+            self.open().start_send_to_all(peers, tag, {pointer<const std::byte>(data), bytes}, std::move(on_done),
+                                          cancellable);
           },
-          "peers"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+          "peers"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a, "cancellable"_a = false)
       .def(
-          "cancel_receives", [](Endpoint& self, int tag) { return self.open().cancel_receives(tag); }, "tag"_a)
+          "cancel", [](Endpoint& self, Tag tag) { self.open().cancel(tag); }, "tag"_a)
       .def("progress", [](Endpoint& self) { return self.open().progress(); })
       .def("start_allreduce", &Endpoint::start, nb::kw_only(), "members"_a, "weights"_a, "scale"_a = 1.0, "dtype"_a,
            "count"_a, "contribution"_a, "result"_a, "tag"_a = 0, "small_bytes"_a = defaults.small_bytes,
-           "segment_bytes"_a = defaults.segment_bytes, "staging_bytes"_a = defaults.staging_bytes)
+           "segment_bytes"_a = defaults.segment_bytes, "staging_bytes"_a = defaults.staging_bytes,
+           "cancellable"_a = false)
       .def("finish", &Endpoint::finish, "collectives"_a, "timeout_s"_a = 60.0,
            nb::call_guard<nb::gil_scoped_release>());
   module.def("mpi_library_version", &mpi_library_version);

@@ -36,16 +36,16 @@ void check(const Transport& transport, const AllreduceOptions& options) {
     throw UsageError("allreduce: " + std::to_string(options.weights.size()) + " weights for " +
                      std::to_string(members.size()) + " members");
   }
-  if (options.tag < 0 || options.tag >= transport.max_tag()) {
-    throw UsageError("allreduce: tag " + std::to_string(options.tag) + ", expected 0 to " +
-                     std::to_string(transport.max_tag() - 1));
+  if (options.tag < 0 || options.result_tag < 0 || options.tag == options.result_tag) {
+    throw UsageError("allreduce: tags " + std::to_string(options.tag) + " and " + std::to_string(options.result_tag) +
+                     ", expected two different ones, at least 0");
   }
 }
 
 // Members are named by their index among the members. Kept alive by the callbacks of its transfers.
 //
 // One exchange is the direct algorithm with everybody's shard being the whole buffer: then nothing has to be gathered.
-class Allreduce : public std::enable_shared_from_this<Allreduce> {
+class Allreduce final : public RunningAllreduce, public std::enable_shared_from_this<Allreduce> {
  public:
   Allreduce(Transport& transport, AllreduceOptions options, OnDone on_done)
       : transport_(transport),
@@ -64,8 +64,27 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
         peers_(size_),
         sources_(size_) {}
 
-  ~Allreduce() {
-    if (options_.staging != nullptr && staging_.size > 0) options_.staging->give_back(std::move(staging_));
+  ~Allreduce() override { give_back_staging(); }
+  Allreduce(const Allreduce&) = delete;
+  Allreduce& operator=(const Allreduce&) = delete;
+
+  Missing missing() const override {
+    Missing missing;
+    if (unfinished_ == 0) return missing;
+    for (std::size_t member = 0; member < size_; ++member) {
+      if (member == self_) continue;
+      const Peer& peer = peers_[member];
+      if (peer.contributions_here < own_segments_) missing.contributions.insert(options_.members[member]);
+      if (!one_exchange_ && peer.results_here < peer.segments) missing.results.insert(options_.members[member]);
+    }
+    return missing;
+  }
+
+  void abandon() override {
+    abandoned_ = true;
+    transport_.cancel(options_.tag);
+    transport_.cancel(options_.result_tag);
+    give_back_staging();
   }
 
   void start() {
@@ -102,7 +121,23 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
     std::size_t segments = 0;           // in its shard
     std::size_t contributions_out = 0;  // segments that have been started
     std::size_t results_in = 0;
+    std::size_t contributions_here = 0;  // segments that have arrived
+    std::size_t results_here = 0;
   };
+
+  // A callback, which may come after the collective was abandoned.
+  template <class Then>
+  OnDone unless_abandoned(Then then) {
+    return [self = shared_from_this(), then] {
+      if (!self->abandoned_) then(*self);
+    };
+  }
+
+  void give_back_staging() {
+    if (options_.staging != nullptr && staging_.size > 0) {
+      options_.staging->give_back(std::exchange(staging_, {}));
+    }
+  }
 
   std::size_t index_of(int rank) const {
     const auto& members = options_.members;
@@ -143,10 +178,12 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
     Peer& state = peers_[peer];
     if (state.contributions_out == state.segments) return;
     const Shard part = segment_of(shard(peer), segment_, state.contributions_out++);
-    transport_.start_send(options_.members[peer], options_.tag, contribution(part), [self = shared_from_this(), peer] {
-      self->send_next_contribution(peer);
-      self->finish_one();
-    });
+    transport_.start_send(options_.members[peer], options_.tag, contribution(part),
+                          unless_abandoned([peer](Allreduce& self) {
+                            self.send_next_contribution(peer);
+                            self.finish_one();
+                          }),
+                          options_.cancellable);
   }
 
   // Step 2: the others' contributions to this member's shard, a segment of it into each slot.
@@ -155,11 +192,13 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
     const std::size_t bytes = segment_of(own_, segment_, index).size() * element_bytes_;
     for_each_peer([&](std::size_t peer) {
       transport_.start_receive(options_.members[peer], options_.tag, {arrival(slot, peer), bytes},
-                               [self = shared_from_this(), slot] {
-                                 ++self->slots_[slot];
-                                 self->sum_complete_segments();
-                                 self->finish_one();
-                               });
+                               unless_abandoned([peer, slot](Allreduce& self) {
+                                 ++self.peers_[peer].contributions_here;
+                                 ++self.slots_[slot];
+                                 self.sum_complete_segments();
+                                 self.finish_one();
+                               }),
+                               options_.cancellable);
     });
   }
 
@@ -172,7 +211,7 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
       slots_[slot] = 0;
       if (next_sum_ + slots_.size() < own_segments_) receive_contributions(next_sum_ + slots_.size());
       ++next_sum_;
-      if (!one_exchange_) send_to_all(options_.tag + 1, result(part));
+      if (!one_exchange_) send_to_all(options_.result_tag, result(part));
     }
   }
 
@@ -186,8 +225,9 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
   }
 
   // Step 4, and in one exchange step 1.
-  void send_to_all(int tag, std::span<const std::byte> data) {
-    transport_.start_send_to_all(peer_ranks_, tag, data, [self = shared_from_this()] { self->finish_one(); });
+  void send_to_all(Tag tag, std::span<const std::byte> data) {
+    transport_.start_send_to_all(peer_ranks_, tag, data, unless_abandoned([](Allreduce& self) { self.finish_one(); }),
+                                 options_.cancellable);
   }
 
   // Step 5: the others' sums, at their place in the result.
@@ -195,14 +235,19 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
     Peer& state = peers_[peer];
     if (state.results_in == state.segments) return;
     const Shard part = segment_of(shard(peer), segment_, state.results_in++);
-    transport_.start_receive(options_.members[peer], options_.tag + 1, result(part), [self = shared_from_this(), peer] {
-      self->receive_next_result(peer);
-      self->finish_one();
-    });
+    transport_.start_receive(options_.members[peer], options_.result_tag, result(part),
+                             unless_abandoned([peer](Allreduce& self) {
+                               ++self.peers_[peer].results_here;
+                               self.receive_next_result(peer);
+                               self.finish_one();
+                             }),
+                             options_.cancellable);
   }
 
   void finish_one() {
-    if (--unfinished_ == 0) on_done_();
+    if (--unfinished_ > 0) return;
+    give_back_staging();
+    on_done_();
   }
 
   Transport& transport_;
@@ -220,16 +265,19 @@ class Allreduce : public std::enable_shared_from_this<Allreduce> {
   std::vector<Peer> peers_;         // by member; this member's own is not used
   std::vector<std::size_t> slots_;  // for each, how many contributions have arrived
   std::size_t next_sum_ = 0;        // segment of this member's shard
-  std::size_t unfinished_ = 0;      // transfers, including those that have not been started
+  bool abandoned_ = false;
+  std::size_t unfinished_ = 0;  // transfers, including those that have not been started
   std::vector<const void*> sources_;
   StagingPool::Block staging_;
 };
 
 }  // namespace
 
-void start_allreduce(Transport& transport, AllreduceOptions options, OnDone on_done) {
+std::shared_ptr<RunningAllreduce> start_allreduce(Transport& transport, AllreduceOptions options, OnDone on_done) {
   check(transport, options);
-  std::make_shared<Allreduce>(transport, std::move(options), std::move(on_done))->start();
+  auto allreduce = std::make_shared<Allreduce>(transport, std::move(options), std::move(on_done));
+  allreduce->start();
+  return allreduce;
 }
 
 }  // namespace hvd_backup

@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "base/data_type.h"
@@ -33,7 +34,10 @@ struct AllreduceOptions {
   std::size_t count = 0;  // elements
   const void* contribution = nullptr;
   void* result = nullptr;
-  int tag = 0;  // this collective uses tag and tag + 1; nobody else may while it runs
+  // Used by this collective alone: for contributions to shards, and for shards of the result.
+  Tag tag = 0;
+  Tag result_tag = 1;
+  bool cancellable = false;  // abandon() may be called; the same on all members
 
   // The same on all members, as are count and dtype. Memory for what arrives, in each running collective: at most
   // max(staging_bytes, 8 KiB (k-1)) in the direct algorithm, small_bytes in one exchange.
@@ -50,9 +54,25 @@ struct AllreduceOptions {
   std::shared_ptr<SquaredNorms> norms;
 };
 
+// From which members something has not come yet.
+struct Missing {
+  std::set<int> contributions;
+  std::set<int> results;
+};
+
+// A collective that has been started. It lives by itself until it has ended.
+class RunningAllreduce {
+ public:
+  virtual ~RunningAllreduce() = default;
+  virtual Missing missing() const = 0;
+  // `on_done` will not run, and neither buffer is touched any more. The other members must abandon it, too. Not from
+  // inside transport.progress().
+  virtual void abandon() = 0;
+};
+
 // Starts the collective on this member; `on_done` runs inside transport.progress() (or inside this call when there is
 // nothing to wait for) once the result is complete here and neither buffer is read by anybody any more.
 // Throws UsageError when the options cannot be right.
-void start_allreduce(Transport& transport, AllreduceOptions options, OnDone on_done);
+std::shared_ptr<RunningAllreduce> start_allreduce(Transport& transport, AllreduceOptions options, OnDone on_done);
 
 }  // namespace hvd_backup

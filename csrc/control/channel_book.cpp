@@ -116,6 +116,18 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   rank.meets = false;  // it has seen the step, and gone on
   scopes_ = message.scopes;
   buckets_ = message.buckets;
+  const bool of_earlier_round = rounds_.is_over(message.round) && message.step >= rounds_.end_of(message.round);
+  const auto found = slots_.find({message.step, message.scope});
+  if (found != slots_.end() && !in_vain && !of_earlier_round) {
+    Slot& slot = found->second;
+    if (slot.decision && slot.decision->votes && !slot.is_final) {  // whether it is dropped will be seen
+      rank.on_time = is_on_time(now - started, last_took_us_);
+      slot.latecomers.push_back({from, now, message});
+      tell_late(from, message.step, message.scope);
+      settle(now);
+      return;
+    }
+  }
   if (rounds_.is_over(message.round)) {
     late(from, message, now, now, "its round is over");
   } else if (message.step < open_step_) {
@@ -144,22 +156,24 @@ void ChannelBook::withdraw(int from, const Withdraw& message, TimeUs now) {
   const auto found = slots_.find({message.step, message.scope});
   if (found == slots_.end()) return;
   Slot& slot = found->second;
-  if (slot.is_final() || std::erase_if(slot.arrivals, [&](const Arrival& a) { return a.rank == from; }) == 0) return;
-  if (slot.decision) {
-    Decision& decision = *slot.decision;
-    ++decision.attempt;
-    decision.tag = tags_(2 * buckets_);
-    set_contributors(decision, slot.arrivals);
-    slot.done.clear();
-    slot.squares = {};
-    Record replaced = record(Record::Event::replaced, now);
-    replaced.step = message.step;
-    replaced.scope = message.scope;
-    replaced.attempt = decision.attempt;
-    replaced.ranks = {from};
-    out_.records.push_back(replaced);
-    send_decision(decision);
+  const auto is_its_own = [&](const Arrival& arrival) { return arrival.rank == from; };
+  std::erase_if(slot.latecomers, is_its_own);
+  const bool delivers = slot.decision && (slot.is_final || slot.attempt.has(from));
+  if (delivers || std::erase_if(slot.arrivals, is_its_own) == 0 || !slot.decision) {
+    settle(now);
+    return;
   }
+  if (!is_replaceable()) {
+    fail("rank " + std::to_string(from) + " has left in the middle of step " + std::to_string(message.step) + " of '" +
+             name_ + "', " +
+             (script_ ? "to which it contributes by the trace that is replayed"
+                      : "which needs all ranks (no backup workers)"),
+         now);
+    return;
+  }
+  // What came with the arrivals is summed already, and the others have it: unless there are no others.
+  slot.broken = slot.decision->votes || slot.arrivals.empty();
+  if (slot.broken) put_replaced_on_record(slot, {from}, "rank " + std::to_string(from) + " has withdrawn", now);
   settle(now);
 }
 
@@ -170,9 +184,15 @@ void ChannelBook::waiting(int from, const Waiting& message) {
 Ranks ChannelBook::blocked() const {
   Ranks blocked;
   for (int r = 0; r < size_; ++r) {
-    if (ranks_[static_cast<std::size_t>(r)].blocked_in == open_step_ && has_arrived(r)) blocked.push_back(r);
+    const Step step = ranks_[static_cast<std::size_t>(r)].blocked_in;
+    if ((step == open_step_ && has_arrived(r)) || (is_short() && step + 1 == open_step_)) blocked.push_back(r);
   }
   return blocked;
+}
+
+bool ChannelBook::is_short() const {
+  return std::any_of(slots_.begin(), slots_.end(),
+                     [](const auto& entry) { return entry.second.is_short && !entry.second.is_final; });
 }
 
 bool ChannelBook::has_arrived(int rank) const {
@@ -205,14 +225,29 @@ void ChannelBook::turn_away(int rank, TimeUs now) {
 void ChannelBook::done(int from, const Done& message, TimeUs now) {
   const auto found = slots_.find({message.step, message.scope});
   if (found == slots_.end() || !found->second.decision || found->second.decision->attempt != message.attempt) return;
-  const Ranks& contributors =
-      found->second.decision->contributors;  // of an earlier decision, dismissed since, it may be
-  if (!std::binary_search(contributors.begin(), contributors.end(), from)) return;
-  if (found->second.done.emplace(from, now).second) found->second.squares += message.squares;
-  ranks_[static_cast<std::size_t>(from)].began = now;
-  Step& reached = ranks_[static_cast<std::size_t>(from)].reached;
-  reached = std::max(reached, message.step + 1);
-  if (found->second.is_final()) settle(now);
+  Slot& slot = found->second;
+  if (!slot.attempt.done(from, message.kept, now)) return;
+  slot.squares += message.squares;
+  RankState& rank = ranks_[static_cast<std::size_t>(from)];
+  if (!slot.decision->votes) {
+    rank.began = now;
+    rank.reached = std::max(rank.reached, message.step + 1);
+  }
+  if (slot.attempt.complete() || now >= slot.attempt.overdue_at()) settle(now);
+}
+
+void ChannelBook::kept(int from, const Kept& message, TimeUs now) {
+  const auto found = slots_.find({message.step, message.scope});
+  if (found == slots_.end() || !found->second.attempt.has(from)) return;
+  found->second.attempt.kept(from);
+  if (found->second.attempt.kept()) settle(now);
+}
+
+void ChannelBook::progress(int from, const Progress& message, TimeUs now) {
+  const auto found = slots_.find({message.step, message.scope});
+  if (found == slots_.end() || !found->second.decision || found->second.decision->attempt != message.attempt) return;
+  found->second.attempt.answered(from, message, now);
+  settle(now);
 }
 
 void ChannelBook::sync(int from, const Sync& message, TimeUs now) {
@@ -376,8 +411,9 @@ std::optional<std::string> ChannelBook::held(TimeUs now) {
 void ChannelBook::settle(TimeUs now) {
   deadline_.reset();
   if (failure_.empty()) {
-    while (close_round_if_ended(now) || decide_what_can(now)) {
+    while (watch_attempts(now) || close_round_if_ended(now) || decide_what_can(now)) {
     }
+    watch_attempts(now);  // of what has been decided now
     finish_steps(now);
   }
   for (int r = 0; r < size_; ++r) answer(r, now);
@@ -409,6 +445,11 @@ bool ChannelBook::close_round_if_ended(TimeUs now) {
     }
   }
   if (!ended) return false;
+  // The last update may still need another attempt, in which only the ranks of this round can stand in.
+  const bool pending = std::any_of(slots_.begin(), slots_.lower_bound({open_step_, 0}), [](const auto& entry) {
+    return entry.second.decision->votes && !entry.second.is_final;
+  });
+  if (pending) return false;
   dismiss_arrivals(now, "its round is over");
   Record over = record(Record::Event::round_over, now);
   over.step = open_step_;
@@ -516,34 +557,53 @@ void ChannelBook::choose_required(TimeUs now) {
 }
 
 void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeUs now) {
-  std::sort(slot.arrivals.begin(), slot.arrivals.end(),
-            [](const Arrival& a, const Arrival& b) { return a.rank < b.rank; });
   Decision decision;
   decision.channel = id_;
   decision.step = open_step_;
   decision.scope = scope;
-  decision.tag = tags_(2 * buckets_);
+  decision.votes = is_replaceable();
   const ScriptedDecision* scripted = script_ ? script_->find(open_step_, scope) : nullptr;
   decision.required = scripted ? scripted->required : required();
+  slot.decision = decision;
+  slot.decided_at = now;
+  begin_attempt(slot, reason, now);
+  const Ranks& contributors = slot.decision->contributors;
+  if (strict()) out_.met.insert(out_.met.end(), contributors.begin(), contributors.end());
+}
+
+// Of the slot's arrivals.
+void ChannelBook::begin_attempt(Slot& slot, const std::string& reason, TimeUs now) {
+  std::sort(slot.arrivals.begin(), slot.arrivals.end(),
+            [](const Arrival& a, const Arrival& b) { return a.rank < b.rank; });
+  Decision& decision = *slot.decision;
+  decision.tag = tags_(2 * buckets_);
   set_contributors(decision, slot.arrivals);
+  if (!decision.result.empty()) decision.votes = false;  // all have the result, or none
+  const TimeUs patience = transfer_time_.patience_us(last_took_us_) << std::min(decision.attempt, 6);
+  slot.attempt = Attempt(decision.contributors, now, patience);
+  slot.squares = {};
+  slot.broken = false;
+  slot.is_short = false;
   Record decided = record(Record::Event::decision, now);
-  decided.step = open_step_;
-  decided.scope = scope;
+  decided.step = decision.step;
+  decided.scope = decision.scope;
+  decided.attempt = decision.attempt;
   decided.reason = reason;
   for (const Arrival& arrival : slot.arrivals) {
     decided.bases.push_back(arrival.message.base);
     decided.arrivals.push_back(arrival.at);
   }
-  decided.opened_at = opened_at_;
+  decided.opened_at = decision.step == open_step_ ? opened_at_ : last_opened_at_;
   decided.required = decision.required;
   decided.ranks = decision.contributors;
   decided.weights = decision.weights;
   decided.metadata = decision.metadata;
   out_.records.push_back(decided);
-  if (strict()) out_.met.insert(out_.met.end(), decision.contributors.begin(), decision.contributors.end());
-  slot.decision = decision;
-  slot.decided_at = now;
-  send_decision(decision);
+  for (int contributor : decision.contributors) {
+    Decision personal = decision;
+    personal.outlook = outlook_for(contributor);
+    out_.replies.push_back({contributor, personal});
+  }
 }
 
 // arrivals: in the order of ranks.
@@ -574,14 +634,6 @@ void ChannelBook::set_contributors(Decision& decision, const std::vector<Arrival
     payloads.push_back(arrival.message.payload);
   }
   if (out_.combine && !payloads.empty()) decision.result = out_.combine(decision, payloads);
-}
-
-void ChannelBook::send_decision(const Decision& decision) {
-  for (int contributor : decision.contributors) {
-    Decision personal = decision;
-    personal.outlook = outlook_for(contributor);
-    out_.replies.push_back({contributor, personal});
-  }
 }
 
 void ChannelBook::advance_open_step(TimeUs now) {
@@ -618,18 +670,19 @@ void ChannelBook::finish_steps(TimeUs now) {
     finished.step = final_;
     std::map<int, TimeUs> done;
     for (int scope = 0; scope < scopes_; ++scope) {
-      const auto slot = slots_.find({final_, scope});
-      if (slot == slots_.end() || !slot->second.is_final()) return;
-      const Decision& decision = *slot->second.decision;
+      const auto found = slots_.find({final_, scope});
+      if (found == slots_.end() || !is_kept(found->second, now)) return;
+      const Slot& slot = found->second;
+      const Decision& decision = *slot.decision;
       update.contributors.push_back(decision.contributors);
       if (scope == 0) {
         update.samples = decision.samples;
         update.metadata = decision.metadata;
         update.required = decision.required;
-        if (chooser_) chooser_->finished(now - slot->second.decided_at);
+        if (chooser_) chooser_->finished(now - slot.decided_at);
       }
-      finished.squares += slot->second.squares;
-      for (const auto& [rank, at] : slot->second.done) done[rank] = std::max(done[rank], at);
+      finished.squares += slot.squares;
+      for (const auto& [rank, at] : slot.attempt.done()) done[rank] = std::max(done[rank], at);
     }
     for (const auto& [rank, at] : done) {
       finished.ranks.push_back(rank);
@@ -647,6 +700,150 @@ void ChannelBook::finish_steps(TimeUs now) {
       ++history_first_;
     }
   }
+}
+
+// Whether late ranks can fetch the update. Who has stopped is waited for no longer than expected.
+bool ChannelBook::is_kept(const Slot& slot, TimeUs now) {
+  if (slot.decision->votes && !slot.is_final) return false;
+  if (slot.attempt.kept_by_all()) return true;
+  if (!is_replaceable() || !slot.attempt.kept()) return false;
+  if (now >= slot.attempt.overdue_at()) return true;
+  look_again(slot.attempt.overdue_at());
+  return false;
+}
+
+bool ChannelBook::watch_attempts(TimeUs now) {
+  bool changed = false;
+  for (auto& [key, slot] : slots_) {
+    const bool is_open = slot.decision && slot.decision->votes && !slot.is_final;
+    if (is_open || slot.broken) changed = watch(slot, now) || changed;
+  }
+  return changed;
+}
+
+// Ends the attempt, if it is complete or can go on without whom it waits for. Returns whether anything has changed.
+bool ChannelBook::watch(Slot& slot, TimeUs now) {
+  const Decision& decision = *slot.decision;
+  if (slot.broken) return begin_next_attempt(slot, {}, "", now);
+  if (slot.attempt.complete()) {
+    if (decision.attempt == 0) transfer_time_.measured(now - slot.attempt.began());
+    make_final(slot, {}, now);
+    return true;
+  }
+  for (const int rank : slot.attempt.ask(now)) {
+    out_.replies.push_back({rank, Probe{id_, decision.step, decision.scope, decision.attempt}});
+  }
+  const Suspicion suspicion = slot.attempt.suspicion(now);
+  if (suspicion.look_again) look_again(*suspicion.look_again);
+  if (suspicion.ranks.empty()) return false;
+  const int holders = std::min(2, decision.required);  // so that the update survives one more
+  if (!slot.attempt.complete_without(suspicion.ranks, holders)) {
+    return begin_next_attempt(slot, suspicion.ranks, suspicion.reason, now);
+  }
+  Record stopped = record(Record::Event::stopped, now);
+  stopped.step = decision.step;
+  stopped.scope = decision.scope;
+  stopped.attempt = decision.attempt;
+  stopped.ranks = suspicion.ranks;
+  stopped.reason = suspicion.reason + "; the others have the whole update";
+  out_.records.push_back(stopped);
+  make_final(slot, suspicion.ranks, now);
+  return true;
+}
+
+// Among the contributors without the suspects, and those who have arrived since: they can't go on without this very
+// update, so their gradients are still there. With fewer than N nothing changes as long as others can come; but whoever
+// has withdrawn has left, and is not waited for.
+bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const std::string& reason, TimeUs now) {
+  Decision& decision = *slot.decision;
+  std::vector<bool> is_in(static_cast<std::size_t>(size_), false);
+  std::vector<Arrival> arrivals, given_up;
+  for (const Arrival& arrival : slot.arrivals) {
+    const bool suspected = std::binary_search(suspects.begin(), suspects.end(), arrival.rank);
+    (suspected ? given_up : arrivals).push_back(arrival);
+    is_in[static_cast<std::size_t>(arrival.rank)] = !suspected;
+  }
+  for (const Arrival& arrival : slot.latecomers) {
+    if (gone_[static_cast<std::size_t>(arrival.rank)]) continue;
+    arrivals.push_back(arrival);
+    is_in[static_cast<std::size_t>(arrival.rank)] = true;
+  }
+  int others = 0;
+  for (int r = 0; r < size_; ++r) others += !is_in[static_cast<std::size_t>(r)] && able(r) ? 1 : 0;
+  const int count = static_cast<int>(arrivals.size());
+  slot.is_short = !slot.broken && count < needed_arrivals(decision.required, count, others);
+  if (slot.is_short) return false;
+  if (!given_up.empty()) put_replaced_on_record(slot, suspects, reason, now);
+  for (const Arrival& arrival : slot.latecomers) {
+    if (is_in[static_cast<std::size_t>(arrival.rank)]) ranks_[static_cast<std::size_t>(arrival.rank)].misses = 0;
+  }
+  std::erase_if(slot.latecomers, [&](const Arrival& each) { return is_in[static_cast<std::size_t>(each.rank)]; });
+  for (const Arrival& arrival : given_up) {
+    RankState& rank = ranks_[static_cast<std::size_t>(arrival.rank)];
+    rank.misses = std::max(rank.misses, 1);
+    rank.on_time = false;
+    slot.latecomers.push_back(arrival);  // should it go on in time
+    tell_late(arrival.rank, decision.step, decision.scope);
+  }
+  slot.arrivals = std::move(arrivals);
+  ++decision.attempt;
+  begin_attempt(slot, reason.empty() ? "the next attempt" : "the next attempt: " + reason, now);
+  for (const Arrival& arrival : slot.arrivals)
+    answer(arrival.rank, now);  // who stands in does not wait for it any more
+  return true;
+}
+
+void ChannelBook::put_replaced_on_record(const Slot& slot, const Ranks& ranks, const std::string& reason, TimeUs now) {
+  Record replaced = record(Record::Event::replaced, now);
+  replaced.step = slot.decision->step;
+  replaced.scope = slot.decision->scope;
+  replaced.attempt = slot.decision->attempt + 1;
+  replaced.ranks = ranks;
+  replaced.reason = reason;
+  out_.records.push_back(replaced);
+}
+
+// stopped: contributors that do not have it. The update is what they have contributed to, but they fetch it like late
+// ranks.
+void ChannelBook::make_final(Slot& slot, const Ranks& stopped, TimeUs now) {
+  const Decision& decision = *slot.decision;
+  slot.is_final = true;
+  for (const int contributor : decision.contributors) {
+    RankState& rank = ranks_[static_cast<std::size_t>(contributor)];
+    if (std::binary_search(stopped.begin(), stopped.end(), contributor)) {
+      rank.misses = std::max(rank.misses, 1);
+      rank.on_time = false;
+      tell_late(contributor, decision.step, decision.scope);
+      continue;
+    }
+    rank.began = now;
+    rank.reached = std::max(rank.reached, decision.step + 1);
+    out_.replies.push_back(
+        {contributor, Final{id_, decision.step, decision.scope, decision.attempt, stopped, outlook_for(contributor)}});
+  }
+  for (const Arrival& arrival : slot.latecomers) {
+    put_drop_on_record(arrival.rank, arrival.message, arrival.at, now, "decided without it");
+  }
+  slot.latecomers.clear();
+}
+
+// The rank takes part in an attempt at this step that is not final.
+bool ChannelBook::contributes(int rank, Step step) const {
+  return std::any_of(slots_.lower_bound({step, 0}), slots_.lower_bound({step + 1, 0}), [rank](const auto& entry) {
+    const Slot& slot = entry.second;
+    if (!slot.decision || !slot.decision->votes || slot.is_final) return false;
+    const Ranks& contributors = slot.decision->contributors;
+    return std::binary_search(contributors.begin(), contributors.end(), rank);
+  });
+}
+
+// An attempt at this step is given up, and this rank could contribute to the next one.
+bool ChannelBook::lacks(Step step, int rank) const {
+  if (kind_ != ChannelKind::training || ranks_[static_cast<std::size_t>(rank)].arrived >= step || !able(rank)) {
+    return false;
+  }
+  return std::any_of(slots_.lower_bound({step, 0}), slots_.lower_bound({step + 1, 0}),
+                     [](const auto& entry) { return entry.second.is_short && !entry.second.is_final; });
 }
 
 void ChannelBook::answer(int to, TimeUs now) {
@@ -673,6 +870,10 @@ void ChannelBook::answer(int to, TimeUs now) {
     rank.began = now;
     reply(Resume{});
   };
+  if (contributes(to, have)) {
+    reply(History{});
+    return;
+  }
   Step limit = std::numeric_limits<Step>::max();
   if (kind_ == ChannelKind::collective) {
     limit = have + 1;
@@ -708,6 +909,10 @@ void ChannelBook::answer(int to, TimeUs now) {
     reply(std::move(history));
     return;
   }
+  if (have < open_step_ && lacks(have, to)) {
+    begin();
+    return;
+  }
   if (have < open_step_ || rank.away || rank.joined || kind_ == ChannelKind::collective)
     return;                                      // until something is final, or over
   if (script_ && have < script_->end()) return;  // by the trace, it does not compute this step
@@ -737,20 +942,32 @@ void ChannelBook::answer(int to, TimeUs now) {
 }
 
 void ChannelBook::late(int to, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason) {
+  put_drop_on_record(to, message, arrived_at, now, reason);
+  tell_late(to, message.step, message.scope);
+}
+
+void ChannelBook::tell_late(int to, Step step, int scope) {
+  out_.replies.push_back({to, Late{id_, step, scope, open_step_, outlook_for(to)}});
+}
+
+void ChannelBook::put_drop_on_record(int rank, const Arrive& message, TimeUs arrived_at, TimeUs now,
+                                     const std::string& reason) {
   Record dropped = record(Record::Event::dropped, now);
   dropped.step = message.step;
   dropped.scope = message.scope;
-  dropped.ranks = {to};
+  dropped.ranks = {rank};
   dropped.bases = {message.base};
   dropped.arrivals = {arrived_at};
   dropped.reason = reason;
   out_.records.push_back(dropped);
-  out_.replies.push_back({to, Late{id_, message.step, message.scope, open_step_, outlook_for(to)}});
 }
 
 void ChannelBook::dismiss_arrivals(TimeUs now, const std::string& reason) {
   for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end();) {
     for (const Arrival& arrival : slot->second.arrivals) late(arrival.rank, arrival.message, arrival.at, now, reason);
+    for (const Arrival& arrival : slot->second.latecomers) {
+      put_drop_on_record(arrival.rank, arrival.message, arrival.at, now, reason);
+    }
     slot = slots_.erase(slot);
   }
 }

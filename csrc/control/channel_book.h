@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "control/attempt.h"
 #include "control/messages.h"
 #include "control/policy.h"
 #include "control/record.h"
@@ -39,7 +40,7 @@ struct Outbox {
 class ChannelBook {
  public:
   // tags: takes how many tags are wanted, returns the first of them.
-  using TagSource = std::function<std::int32_t(std::int32_t)>;
+  using TagSource = std::function<std::int64_t(std::int64_t)>;
 
   // script: decisions to be made again; null: none. Must outlive the book.
   ChannelBook(ChannelId id, const Open& first, int size, TagSource tags, Outbox& out, ChannelScript* script = nullptr);
@@ -54,6 +55,8 @@ class ChannelBook {
   void withdraw(int from, const Withdraw& message, TimeUs now);
   void waiting(int from, const Waiting& message);
   void done(int from, const Done& message, TimeUs now);
+  void kept(int from, const Kept& message, TimeUs now);
+  void progress(int from, const Progress& message, TimeUs now);
   void sync(int from, const Sync& message, TimeUs now);
   void begin_round(int from, const BeginRound& message, TimeUs now);
   void away(int from, const Away& message, TimeUs now);
@@ -66,11 +69,12 @@ class ChannelBook {
   // updates of the others. Without backup workers it counts as a gradient of zeros, as with Horovod.
   void set_joined(int rank, bool joined, TimeUs now);
 
-  // For Coordinator::untangle. Who waits for the decision of the open step, and does nothing else meanwhile; whether
+  // For Coordinator::untangle. Who waits for an update that needs others, and does nothing else meanwhile; whether
   // a rank's gradient for it is here; and: a rank's gradient for it is dropped, so that the rank goes on to something
   // else.
   Ranks blocked() const;
   bool has_arrived(int rank) const;
+  bool is_short() const;  // an attempt that was given up waits for other ranks
   void turn_away(int rank, TimeUs now);
   Step open_step() const { return open_step_; }
   bool anybody_waits() const;
@@ -105,16 +109,21 @@ class ChannelBook {
     TimeUs at = 0;
     Arrive message;
   };
-  struct Slot {  // of one (step, scope)
-    std::vector<Arrival> arrivals;
+  struct Slot {                       // of one (step, scope)
+    std::vector<Arrival> arrivals;    // once it is decided: of the contributors
+    std::vector<Arrival> latecomers;  // came after the decision; may stand in for a contributor that stops
     std::optional<Decision> decision;
-    std::map<int, TimeUs> done;  // rank, and since when
+    Attempt attempt;
+    TimeUs decided_at = 0;  // first
     Squares squares;
-    TimeUs decided_at = 0;
-    bool is_final() const { return decision && done.size() >= decision->contributors.size(); }
+    bool broken = false;    // a contributor has withdrawn: this attempt will not end
+    bool is_short = false;  // it is given up, but too few are there for another one
+    bool is_final = false;  // this attempt has made the update
   };
   using SlotKey = std::pair<Step, int>;
 
+  // Late ranks may be left out, so a contributor may be replaced.
+  bool is_replaceable() const { return options_.required < size_ && script_ == nullptr; }
   int required() const { return chooser_ ? chooser_->required() : options_.required; }
   bool able(int rank) const;
   Outlook outlook_for(int rank) const;
@@ -130,12 +139,22 @@ class ChannelBook {
   bool decide_as_scripted(TimeUs now);
   void choose_required(TimeUs now);
   void decide(int scope, Slot& slot, const std::string& reason, TimeUs now);
+  void begin_attempt(Slot& slot, const std::string& reason, TimeUs now);
   void set_contributors(Decision& decision, const std::vector<Arrival>& arrivals) const;
-  void send_decision(const Decision& decision);
+  bool watch_attempts(TimeUs now);
+  bool watch(Slot& slot, TimeUs now);
+  bool begin_next_attempt(Slot& slot, const Ranks& suspects, const std::string& reason, TimeUs now);
+  void put_replaced_on_record(const Slot& slot, const Ranks& ranks, const std::string& reason, TimeUs now);
+  void make_final(Slot& slot, const Ranks& stopped, TimeUs now);
+  bool is_kept(const Slot& slot, TimeUs now);
+  bool contributes(int rank, Step step) const;
+  bool lacks(Step step, int rank) const;
   void advance_open_step(TimeUs now);
   void finish_steps(TimeUs now);
   void answer(int rank, TimeUs now);
   void late(int to, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason);
+  void tell_late(int to, Step step, int scope);
+  void put_drop_on_record(int rank, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason);
   void dismiss_arrivals(TimeUs now, const std::string& reason);
   void fail(const std::string& reason, TimeUs now);
   void look_again(TimeUs at);
@@ -169,6 +188,7 @@ class ChannelBook {
   TimeUs typical_us_ = 0;
   TimeUs last_opened_at_ = 0;  // of the step before the open one
   TimeUs last_took_us_ = 0;    // from then to its decision
+  TransferTime transfer_time_;
   ReentryBudget reentry_;
   std::optional<TimeUs> deadline_;
   std::string failure_;

@@ -5,9 +5,8 @@
 
 namespace hvd_backup {
 
-Coordinator::Coordinator(int size, std::int32_t tag_limit, bool measured, Combine combine)
+Coordinator::Coordinator(int size, bool measured, Combine combine)
     : size_(size),
-      tag_limit_(tag_limit),
       joined_(static_cast<std::size_t>(size), false),
       paused_(static_cast<std::size_t>(size), false),
       gone_(static_cast<std::size_t>(size), false),
@@ -19,12 +18,6 @@ Coordinator::Coordinator(int size, std::int32_t tag_limit, bool measured, Combin
 ChannelBook& Coordinator::book(ChannelId id) {
   if (id >= books_.size()) throw RuntimeFailure("malformed message: unknown channel " + std::to_string(id));
   return *books_[id];
-}
-
-// Tags are used again after the whole range has gone by, long after the transfers of their last use have ended.
-std::int32_t Coordinator::take_tags(std::int32_t count) {
-  if (next_tag_ + count > tag_limit_) next_tag_ = 0;
-  return std::exchange(next_tag_, next_tag_ + count);
 }
 
 void Coordinator::receive(int from, const Message& message, TimeUs now) {
@@ -45,6 +38,10 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
           untangle(now);
         } else if constexpr (std::is_same_v<Body, Done>) {
           book(body.channel).done(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Kept>) {
+          book(body.channel).kept(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Progress>) {
+          book(body.channel).progress(from, body, now);
         } else if constexpr (std::is_same_v<Body, Sync>) {
           book(body.channel).sync(from, body, now);
         } else if constexpr (std::is_same_v<Body, BeginRound>) {
@@ -82,7 +79,8 @@ void Coordinator::open(int from, const Open& message, TimeUs now) {
   if (is_new) {
     const auto script = script_.find(message.name);
     books_.push_back(std::make_unique<ChannelBook>(
-        entry->second, message, size_, [this](std::int32_t count) { return take_tags(count); }, out_,
+        entry->second, message, size_,
+        [this](std::int64_t count) { return std::exchange(next_tag_, next_tag_ + count); }, out_,
         script == script_.end() ? nullptr : &script->second));
     ChannelBook& created = *books_.back();
     for (int r = 0; r < size_; ++r) {
@@ -98,7 +96,8 @@ void Coordinator::open(int from, const Open& message, TimeUs now) {
 // With two optimizers, a rank that was late comes back out of phase: it waits in the second one's step while the
 // others wait in the first one's, and enough of them would wait for each other for ever. All ranks run the same
 // program, so when some are blocked in one channel and some in another, without a gradient in the first, the fewer
-// are out of phase: their gradients are dropped, and they go on to where the others are.
+// are out of phase: their gradients are dropped, and they go on to where the others are. An attempt that waits for
+// another rank to stand in can't be dropped, so there the others are out of phase, however many they are.
 void Coordinator::untangle(TimeUs now) {
   ChannelBook* most = nullptr;
   std::vector<std::pair<ChannelBook*, Ranks>> blocked;
@@ -111,7 +110,9 @@ void Coordinator::untangle(TimeUs now) {
   if (blocked.size() < 2) return;
   std::size_t count = 0;
   for (const auto& [channel, ranks] : blocked) {
-    if (ranks.size() > count || (ranks.size() == count && channel->open_step() < most->open_step())) {
+    const bool is_more = ranks.size() > count || (ranks.size() == count && channel->open_step() < most->open_step());
+    if (most == nullptr || channel->is_short() > most->is_short() ||
+        (channel->is_short() == most->is_short() && is_more)) {
       most = channel;
       count = ranks.size();
     }
@@ -171,6 +172,7 @@ void Coordinator::tick(TimeUs now) {
   for (auto& channel : books_) {
     if (channel->next_deadline() && *channel->next_deadline() <= now) channel->tick(now);
   }
+  if (std::any_of(books_.begin(), books_.end(), [](const auto& channel) { return channel->is_short(); })) untangle(now);
   release_met(now);
 }
 

@@ -16,9 +16,9 @@ namespace hvd_backup {
 
 class Coordinator {
  public:
-  // Tags of transfers that decisions hand out run from 0 to tag_limit - 1. measured: whether squared norms of gradients
-  // are wanted in the records. combine: what is made of small contributions, which come with the arrivals.
-  Coordinator(int size, std::int32_t tag_limit, bool measured = false, Combine combine = {});
+  // measured: whether squared norms of gradients are wanted in the records. combine: what is made of small
+  // contributions, which come with the arrivals.
+  explicit Coordinator(int size, bool measured = false, Combine combine = {});
   Coordinator(const Coordinator&) = delete;
   Coordinator& operator=(const Coordinator&) = delete;
 
@@ -41,7 +41,6 @@ class Coordinator {
 
  private:
   ChannelBook& book(ChannelId id);
-  std::int32_t take_tags(std::int32_t count);
   void open(int from, const Open& message, TimeUs now);
   void untangle(TimeUs now);
   void pause(int from, bool paused, TimeUs now);
@@ -51,8 +50,7 @@ class Coordinator {
   void exit(int from, const Exit& message, TimeUs now);
 
   const int size_;
-  const std::int32_t tag_limit_;
-  std::int32_t next_tag_ = 0;
+  std::int64_t next_tag_ = 0;
   Script script_;
   std::vector<std::unique_ptr<ChannelBook>> books_;  // by ChannelId
   std::map<std::string, ChannelId> ids_;

@@ -83,7 +83,7 @@ bool Member::next() {
     }
     bool late = false;
     for (const Scope& own : scopes_) {
-      if (own.phase == Phase::arrived || own.phase == Phase::contributing) return false;
+      if (own.phase == Phase::arrived || own.phase == Phase::contributing || own.phase == Phase::voted) return false;
       late = late || own.phase == Phase::late;
     }
     if (!late) {
@@ -102,7 +102,7 @@ bool Member::next() {
 
 bool Member::decided() const {
   return begun_ && std::all_of(scopes_.begin(), scopes_.end(), [](const Scope& own) {
-           return own.phase == Phase::contributing || own.phase == Phase::done;
+           return own.phase == Phase::contributing || own.phase == Phase::voted || own.phase == Phase::done;
          });
 }
 
@@ -152,14 +152,22 @@ void Member::fetched(Step step) {
 Update Member::take() {
   Update update = std::move(*ready_);
   ready_.reset();
-  const bool dropped = begun_ && !update.contributed;
+  const bool counts = begun_ && is_in(update);  // also of an update to which it had contributed before it stopped
+  counters_.dropped += begun_ && !counts ? 1 : 0;
+  counters_.contributed += counts ? 1 : 0;
   begun_ = false;
-  counters_.dropped += dropped ? 1 : 0;
   if (update.kind == Update::Kind::update) {
     ++applied_;
-    ++(update.contributed ? counters_.contributed : counters_.caught_up);
+    counters_.caught_up += update.contributed ? 0 : 1;
   }
   return update;
+}
+
+bool Member::is_in(const Update& update) const {
+  return update.kind == Update::Kind::update &&
+         std::all_of(update.contributors.begin(), update.contributors.end(), [this](const Ranks& contributors) {
+           return std::binary_search(contributors.begin(), contributors.end(), rank_);
+         });
 }
 
 std::optional<Step> Member::round_end() const {
@@ -191,9 +199,10 @@ void Member::leave() {
 }
 
 void Member::announce_waiting() {
-  const bool undecided =
-      std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& s) { return s.phase == Phase::arrived; });
-  if (!begun_ || waiting_announced_ || !undecided) return;
+  const bool needs_others = std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& own) {
+    return own.phase == Phase::arrived || own.phase == Phase::contributing || own.phase == Phase::voted;
+  });
+  if (!begun_ || waiting_announced_ || !needs_others) return;
   waiting_announced_ = true;
   messages_.push_back(Waiting{id_, applied_});
 }
@@ -202,15 +211,19 @@ void Member::withdraw(bool also_complete) {
   if (!begun_) return;
   for (std::size_t s = 0; s < scopes_.size(); ++s) {
     Scope& own = scopes_[s];
-    const bool incomplete = own.missing > 0 && (own.phase == Phase::arrived || own.phase == Phase::contributing);
-    if (!incomplete && !(also_complete && own.phase == Phase::arrived)) continue;
+    // Late: it might stand in for another rank.
+    const bool incomplete = own.missing > 0 && own.phase != Phase::idle && own.phase != Phase::done;
+    const bool undecided = own.phase == Phase::arrived || own.phase == Phase::late;
+    if (own.withdrawn || (!incomplete && !(also_complete && undecided))) continue;
     own.phase = Phase::late;
+    own.withdrawn = true;
     messages_.push_back(Withdraw{id_, applied_, static_cast<std::int32_t>(s)});
   }
 }
 
 bool Member::contributing_to_any() const {
-  return std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& own) { return own.phase == Phase::contributing; });
+  return std::any_of(scopes_.begin(), scopes_.end(),
+                     [](const Scope& own) { return own.phase == Phase::contributing || own.phase == Phase::voted; });
 }
 
 bool Member::contributing(Step step, int scope_index, int attempt) const {
@@ -223,19 +236,28 @@ void Member::receive(const Decision& message) {
   outlook_ = message.outlook;
   if (!begun_ || message.step != applied_) return;
   Scope& own = scope(message.scope);
-  const bool first = own.phase == Phase::arrived;
-  const bool next_attempt = own.phase == Phase::contributing && message.attempt > own.decision.attempt;
-  if (!first && !next_attempt) return;
+  const bool takes_part = own.phase == Phase::contributing || own.phase == Phase::voted;
+  const bool next_attempt = takes_part && message.attempt > own.decision.attempt;
+  // A late rank may stand in for a contributor that has stopped, as long as it can't go on without this update.
+  const bool stands_in = own.phase == Phase::late && !own.withdrawn;
+  if (own.phase != Phase::arrived && !next_attempt && !stands_in) return;
   own.phase = Phase::contributing;
   own.decision = message;
   reductions_.push_back(message);
+}
+
+void Member::receive(const Final& message) {
+  outlook_ = message.outlook;
+  if (!begun_ || message.step != applied_) return;
+  Scope& own = scope(message.scope);
+  if (own.phase == Phase::voted && own.decision.attempt == message.attempt) finish(own);
 }
 
 void Member::receive(const Late& message) {
   outlook_ = message.outlook;
   if (!begun_ || message.step != applied_) return;
   Scope& own = scope(message.scope);
-  if (own.phase == Phase::arrived || own.phase == Phase::contributing) own.phase = Phase::late;
+  if (own.phase != Phase::idle && own.phase != Phase::done) own.phase = Phase::late;
 }
 
 void Member::receive(const History& message) {
@@ -264,14 +286,23 @@ void Member::receive(const Over& message) {
 void Member::reduced(Step step, int scope_index, int attempt, const Squares& squares) {
   if (!contributing(step, scope_index, attempt)) return;
   Scope& own = scope(scope_index);
+  messages_.push_back(Done{id_, step, scope_index, attempt, !holds_, squares});
+  own.phase = Phase::voted;
+  if (!own.decision.votes) finish(own);
+}
+
+void Member::finish(Scope& own) {
   own.phase = Phase::done;
   if (holds_) held_.push_back(own.decision);
-  (holds_ ? held_messages_ : messages_).push_back(Done{id_, step, scope_index, attempt, squares});
 }
 
 std::vector<Decision> Member::commit() {
-  for (Message& done : std::exchange(held_messages_, {})) messages_.push_back(std::move(done));
+  for (const Decision& held : held_) messages_.push_back(Kept{id_, held.step, held.scope});
   return std::exchange(held_, {});
+}
+
+int Member::unsubmitted(int scope_index) const {
+  return begun_ ? scopes_[static_cast<std::size_t>(scope_index)].missing : 0;
 }
 
 }  // namespace hvd_backup

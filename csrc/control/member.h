@@ -57,7 +57,7 @@ class Member {
   void leave();
   void announce_waiting();  // the training thread waits for a decision
   // From now on the training thread may change an update that it has taken before it applies it: what this rank has
-  // reduced is done only when it calls commit().
+  // reduced is kept for late ranks only when it calls commit().
   void hold() { holds_ = true; }
   bool holds() const { return holds_; }
   std::vector<Decision> commit();  // what was held
@@ -71,10 +71,12 @@ class Member {
   const Counters& counters() const { return counters_; }
   Step all_have() const { return outlook_.all_have; }
   bool contributing(Step step, int scope, int attempt) const;
-  bool decided() const;  // the step that has begun is decided with this rank in every scope
+  int unsubmitted(int scope) const;  // buckets that were not handed over yet
+  bool decided() const;              // the step that has begun is decided with this rank in every scope
 
   // --- messages of the coordinator ---
   void receive(const Decision& message);
+  void receive(const Final& message);
   void receive(const Late& message);
   void receive(const History& message);
   void receive(const Resume& message);
@@ -90,9 +92,11 @@ class Member {
   std::optional<CatchUp> take_catch_up() { return std::exchange(catch_up_, std::nullopt); }
 
  private:
-  enum class Phase { idle, arrived, contributing, done, late };
+  // voted: it has the whole result, but that may not be the update yet.
+  enum class Phase { idle, arrived, contributing, voted, done, late };
   struct Scope {
     Phase phase = Phase::idle;
+    bool withdrawn = false;
     int missing = 0;  // buckets not handed over yet
     Decision decision;
   };
@@ -101,6 +105,8 @@ class Member {
   void arrive(int scope_index);
   void check_complete() const;
   bool fetch_next_page_entry();
+  void finish(Scope& own);
+  bool is_in(const Update& update) const;
   Update own_update() const;
 
   const int rank_;
@@ -134,7 +140,6 @@ class Member {
   std::optional<CatchUp> catch_up_;
   bool holds_ = false;
   std::vector<Decision> held_;
-  std::vector<Message> held_messages_;
 };
 
 }  // namespace hvd_backup

@@ -1,7 +1,8 @@
 // Everything that ranks say to each other, besides gradients. Members talk to the coordinator, the coordinator
 // answers: it sends to a rank only in reply to something that rank has sent (one Verdict for each Arrive, one reply
-// for each Sync), so nothing can pile up towards a rank that is stopped. The exceptions are Failed and AllGone, sent
-// at most once.
+// for each Sync and each Done), so nothing can pile up towards a rank that is stopped. The exceptions: Probe, of which
+// at most one for each attempt waits for its answer; Decision of a next attempt and Late, to contributors of one that
+// is given up; Failed and AllGone, sent at most once.
 //
 // Pull goes from a late rank to a rank that keeps a shard in its journal, and is answered by a transfer or by
 // Refused.
@@ -106,16 +107,42 @@ struct Waiting {
   }
 };
 
-// This rank has the whole result of (step, scope), and has put its shards into its journal.
+// This rank has the whole result of (step, scope). If the decision says so, it waits for Final before it applies it.
 struct Done {
   ChannelId channel = 0;
   Step step = 0;
   std::int32_t scope = 0;
   std::int32_t attempt = 0;
-  Squares squares;  // of the part that this rank has summed
+  bool kept = false;  // it has put its shards into its journal; if not, Kept follows
+  Squares squares;    // of the part that this rank has summed
   template <class A>
   void fields(A& a) {
-    a(channel), a(step), a(scope), a(attempt), a(squares);
+    a(channel), a(step), a(scope), a(attempt), a(kept), a(squares);
+  }
+};
+
+struct Kept {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t scope = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(scope);
+  }
+};
+
+// The answer to Probe, by the engine, whatever the training thread does.
+struct Progress {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t scope = 0;
+  std::int32_t attempt = 0;
+  std::int32_t unsubmitted = 0;  // buckets that the training thread has not handed over yet
+  Ranks contributions_missing;   // from whom something to be summed here has not come
+  Ranks results_missing;         // from whom a part of the result has not come
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(scope), a(attempt), a(unsubmitted), a(contributions_missing), a(results_missing);
   }
 };
 
@@ -218,7 +245,8 @@ struct Decision {
   Step step = 0;
   std::int32_t scope = 0;
   std::int32_t attempt = 0;
-  std::int32_t tag = 0;  // the first of 2 * buckets tags that nobody else uses meanwhile
+  std::int64_t tag = 0;  // the first of 2 * buckets tags that nobody else uses, before or after
+  bool votes = false;    // the update may be applied only when Final says so: until then, another attempt may follow
   Ranks contributors;
   std::vector<double> weights;  // one for each contributor
   double samples = 0;           // their sum
@@ -228,11 +256,38 @@ struct Decision {
   Outlook outlook;
   template <class A>
   void fields(A& a) {
-    a(channel), a(step), a(scope), a(attempt), a(tag), a(contributors), a(weights), a(samples), a(required);
-    a(metadata), a(result), a(outlook);
+    a(channel), a(step), a(scope), a(attempt), a(tag), a(votes), a(contributors), a(weights), a(samples);
+    a(required), a(metadata), a(result), a(outlook);
   }
 };
 
+// Every contributor has the whole result, or all but those that have stopped: this is the update.
+struct Final {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t scope = 0;
+  std::int32_t attempt = 0;
+  Ranks stopped;  // will fetch it like late ranks
+  Outlook outlook;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(scope), a(attempt), a(stopped), a(outlook);
+  }
+};
+
+// How far is the receiver with this attempt? Answered by Progress at once.
+struct Probe {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int32_t scope = 0;
+  std::int32_t attempt = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(scope), a(attempt);
+  }
+};
+
+// Also to a contributor that had stopped, and without which the others have gone on.
 struct Late {
   ChannelId channel = 0;
   Step step = 0;
@@ -306,7 +361,7 @@ struct Pull {
   Step step = 0;
   std::int32_t bucket = 0;
   std::int32_t shard = 0;
-  std::int32_t tag = 0;  // of the transfer that answers
+  std::int64_t tag = 0;  // of the transfer that answers
   template <class A>
   void fields(A& a) {
     a(channel), a(step), a(bucket), a(shard), a(tag);
@@ -321,8 +376,9 @@ struct Refused {
   }
 };
 
-using Message = std::variant<Open, Arrive, Withdraw, Waiting, Done, Sync, BeginRound, Away, Leave, Pause, Join, Exit,
-                             Opened, Failed, Decision, Late, History, Resume, Over, Joined, AllGone, Pull, Refused>;
+using Message = std::variant<Open, Arrive, Withdraw, Waiting, Done, Kept, Progress, Sync, BeginRound, Away, Leave,
+                             Pause, Join, Exit, Opened, Failed, Decision, Final, Probe, Late, History, Resume, Over,
+                             Joined, AllGone, Pull, Refused>;
 
 std::vector<std::byte> encode(const Message& message);
 Message decode(const std::vector<std::byte>& bytes);  // RuntimeFailure when malformed

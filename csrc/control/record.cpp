@@ -12,6 +12,8 @@ const char* name_of(Record::Event event) {
       return "dropped";
     case Record::Event::replaced:
       return "replaced";
+    case Record::Event::stopped:
+      return "stopped";
     case Record::Event::final_:
       return "final";
     case Record::Event::caught_up:

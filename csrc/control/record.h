@@ -15,7 +15,8 @@ struct Record {
     opened,      // a channel: options, and reason = its description, which all ranks agree on
     decision,    // ranks, bases, arrivals and weights belong together
     dropped,     // a gradient came too late, or its round was over; ranks = {rank}, bases = {base}, arrivals = {when}
-    replaced,    // a contributor withdrew; the next attempt follows
+    replaced,    // ranks have arrived but do not deliver, and why; a decision of the next attempt follows
+    stopped,     // ranks do not answer, but the others have the whole update: it is final without them
     final_,      // every contributor has the whole update: ranks, and when each had it (arrivals)
     caught_up,   // ranks = {rank} asked for `step` and what follows
     resumed,     // ranks = {rank} was late, has caught up, and begins to compute `step`

@@ -5,10 +5,12 @@
 
 #include <condition_variable>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "base/data_type.h"
+#include "collective/allreduce.h"
 #include "control/member.h"
 #include "engine/journal.h"
 
@@ -28,14 +30,15 @@ struct Bucket {
   std::size_t bytes() const { return layout.count * size_of(layout.dtype); }
 };
 
-// One decision to which this rank contributes, bucket by bucket as they are handed over.
+// One attempt to which this rank contributes, bucket by bucket as they are handed over.
 struct Reduction {
   Decision decision;
-  std::vector<bool> started;      // by bucket
-  int running = 0;                // collectives of this attempt that have not ended
-  int left = 0;                   // buckets that are not complete
-  Squares squares;                // of what this rank has summed
-  std::vector<int> retired_tags;  // of attempts that were given up, while something may still arrive for them
+  std::vector<bool> started;                                   // by bucket
+  std::vector<std::shared_ptr<RunningAllreduce>> collectives;  // of those
+  int running = 0;                                             // collectives that have not ended
+  int left = 0;                                                // buckets that are not complete
+  Squares squares;                                             // of what this rank has summed
+  bool keeps_all = false;                                      // a contributor has stopped: all shards are kept here
 };
 
 struct Channel {

@@ -36,9 +36,10 @@ bool is_for_coordinator(const Message& message) {
       [](const auto& body) {
         using Body = std::decay_t<decltype(body)>;
         return std::is_same_v<Body, Open> || std::is_same_v<Body, Arrive> || std::is_same_v<Body, Withdraw> ||
-               std::is_same_v<Body, Waiting> || std::is_same_v<Body, Done> || std::is_same_v<Body, Sync> ||
-               std::is_same_v<Body, BeginRound> || std::is_same_v<Body, Away> || std::is_same_v<Body, Leave> ||
-               std::is_same_v<Body, Pause> || std::is_same_v<Body, Join> || std::is_same_v<Body, Exit>;
+               std::is_same_v<Body, Waiting> || std::is_same_v<Body, Done> || std::is_same_v<Body, Kept> ||
+               std::is_same_v<Body, Progress> || std::is_same_v<Body, Sync> || std::is_same_v<Body, BeginRound> ||
+               std::is_same_v<Body, Away> || std::is_same_v<Body, Leave> || std::is_same_v<Body, Pause> ||
+               std::is_same_v<Body, Join> || std::is_same_v<Body, Exit>;
       },
       message);
 }
@@ -120,13 +121,12 @@ Engine::Engine(std::unique_ptr<Transport> transport, const EngineFiles& files)
       process_(getpid()),
       rank_(transport_->rank()),
       size_(transport_->size()),
-      tag_limit_(static_cast<std::int32_t>((static_cast<std::int64_t>(transport_->max_tag()) + 1) / 2)),
       header_{size_, monotonic_us(), unix_s()},
       trace_(rank_ == 0 ? files.trace : "", header_),
       timeline_(rank_ == 0 ? files.timeline : "", size_, header_.began_us),
       recording_(header_) {
   if (rank_ == 0) {
-    coordinator_ = std::make_unique<Coordinator>(size_, tag_limit_, !files.trace.empty(), combine_payloads);
+    coordinator_ = std::make_unique<Coordinator>(size_, !files.trace.empty(), combine_payloads);
   }
   thread_ = std::thread([this] { run(); });
 }
@@ -378,7 +378,6 @@ void Engine::leave_for_good(const std::string& failure) {
 // Gives up what this rank has begun to contribute and will not complete; the others go on without it.
 void Engine::withdraw(Channel& channel, bool also_complete) {
   channel.member.withdraw(also_complete);
-  retire_given_up(channel);
   mark_dirty(channel);
 }
 
@@ -568,19 +567,56 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
         } else if constexpr (std::is_same_v<Body, AllGone>) {
           all_gone_ = true;
         } else if constexpr (std::is_same_v<Body, Refused>) {
-          throw RuntimeFailure("rank " + std::to_string(from) + " does not keep shard " +
-                               std::to_string(body_of.pull.shard) + " of update " + std::to_string(body_of.pull.step) +
-                               " that rank " + std::to_string(rank_) + " has missed");
+          for (const auto& fetch : fetches_) {
+            if (fetch->is_of(body_of.pull)) fetch->refused(body_of.pull, now);
+          }
         } else if constexpr (NamesChannelById<Body>) {
           Channel& channel = by_id(body_of.channel);
           if constexpr (requires { channel.member.receive(body_of); }) channel.member.receive(body_of);
-          if constexpr (std::is_same_v<Body, Late>) retire_given_up(channel);
+          if constexpr (std::is_same_v<Body, Probe>) answer(channel, body_of);
+          if constexpr (std::is_same_v<Body, Final>) stand_in_for(channel, body_of);
           channel.journal.forget_before(channel.member.all_have());
           mark_dirty(channel);
           channel.changed.notify_all();
         }
       },
       message);
+}
+
+// How far this rank is with an attempt that others wait for.
+void Engine::answer(Channel& channel, const Probe& probe) {
+  Progress progress;
+  progress.channel = probe.channel;
+  progress.step = probe.step;
+  progress.scope = probe.scope;
+  progress.attempt = probe.attempt;
+  if (channel.member.contributing(probe.step, probe.scope, probe.attempt)) {
+    progress.unsubmitted = channel.member.unsubmitted(probe.scope);
+    Missing all;
+    for (const auto& collective : channel.reductions[probe.scope].collectives) {
+      if (!collective) continue;
+      Missing missing = collective->missing();
+      all.contributions.merge(missing.contributions);
+      all.results.merge(missing.results);
+    }
+    progress.contributions_missing.assign(all.contributions.begin(), all.contributions.end());
+    progress.results_missing.assign(all.results.begin(), all.results.end());
+  }
+  outgoing_.push_back(std::move(progress));
+}
+
+// Some contributors have stopped: what lies ready for them they will not read any more, but fetch like late ranks; and
+// what they were to keep for others is kept here.
+void Engine::stand_in_for(Channel& channel, const Final& message) {
+  const auto found = channel.reductions.find(message.scope);
+  if (message.stopped.empty() || found == channel.reductions.end()) return;
+  Reduction& reduction = found->second;
+  if (reduction.decision.step != message.step || reduction.decision.attempt != message.attempt) return;
+  for (const auto& collective : reduction.collectives) {
+    if (collective) collective->abandon();
+  }
+  reduction.keeps_all = true;
+  if (!channel.member.holds()) keep_for_late_ranks(channel, reduction.decision);
 }
 
 // A late rank asks for a shard that this rank keeps.
@@ -621,21 +657,24 @@ void Engine::collect(Channel& channel, Work& work) {
     return;
   }
   for (Message& message : take_messages(channel)) work.messages.push_back({0, std::move(message)});
+  for (auto& [scope, reduction] : channel.reductions) {
+    const Decision& decision = reduction.decision;
+    const bool given_up = !channel.member.contributing(decision.step, scope, decision.attempt);
+    if (reduction.left > 0 && given_up) abandon(channel, reduction);
+  }
   for (Decision& decision : channel.member.take_reductions()) {
     Reduction& reduction = channel.reductions[decision.scope];
-    if (reduction.left > 0) retire(channel, reduction);
+    reduction = {};
     reduction.decision = std::move(decision);
     reduction.started.assign(channel.buckets.size(), false);
-    reduction.left = 0;
-    reduction.squares = {};
-    for (const Bucket& bucket : channel.buckets)
-      reduction.left += bucket.layout.scope == reduction.decision.scope ? 1 : 0;
+    reduction.collectives.resize(channel.buckets.size());
+    for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
+      if (channel.buckets[b].layout.scope != reduction.decision.scope) continue;
+      ++reduction.left;
+      channel.journal.forget(reduction.decision.step, static_cast<int>(b));  // of an earlier attempt
+    }
   }
   for (auto& [scope, reduction] : channel.reductions) {
-    if (!clear_retired(reduction)) {
-      mark_dirty(channel);  // look again in the next round of the loop
-      continue;
-    }
     if (!channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) continue;
     for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
       if (channel.buckets[b].layout.scope != scope || !channel.buckets[b].submitted || reduction.started[b]) continue;
@@ -680,7 +719,9 @@ void Engine::start_reduction(const Start& start) {
   options.count = bucket.layout.count;
   options.contribution = bucket.contribution;
   options.result = bucket.result;
-  options.tag = decision.tag + 2 * start.bucket;
+  options.tag = 2 * (decision.tag + 2 * start.bucket);
+  options.result_tag = options.tag + 2;
+  options.cancellable = decision.votes;
   options.staging = &staging_;
   Factors factors = factors_of(decision, options.dtype, start.channel->average);
   options.weights = std::move(factors.weights);
@@ -689,9 +730,14 @@ void Engine::start_reduction(const Start& start) {
     options.norms = std::make_shared<SquaredNorms>();
   }
   const auto norms = options.norms;
-  start_allreduce(*transport_, std::move(options), [this, channel = start.channel, decision, norms] {
+  auto running = start_allreduce(*transport_, std::move(options), [this, channel = start.channel, decision, norms] {
     bucket_reduced(*channel, decision, norms.get());
   });
+  const std::scoped_lock lock(mutex_);
+  Reduction& reduction = start.channel->reductions[decision.scope];
+  if (reduction.decision.tag == decision.tag && !reduction.collectives.empty()) {
+    reduction.collectives[static_cast<std::size_t>(start.bucket)] = std::move(running);
+  }
 }
 
 void Engine::bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms) {
@@ -716,75 +762,65 @@ void Engine::bucket_reduced(Channel& channel, const Decision& decision, const Sq
   channel.changed.notify_all();
 }
 
-// Of what this rank does not contribute to any more.
-void Engine::retire_given_up(Channel& channel) {
-  for (auto& [scope, reduction] : channel.reductions) {
-    if (reduction.left > 0 &&
-        !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) {
-      retire(channel, reduction);
-    }
-  }
-}
-
-// This attempt is given up: a contributor has withdrawn. Its collectives will not end; the next attempt writes the
-// same results, so nothing of this one may arrive there any more.
-void Engine::retire(Channel& channel, Reduction& reduction) {
-  for (std::size_t b = 0; b < reduction.started.size(); ++b) {
-    if (!reduction.started[b]) continue;
-    reduction.retired_tags.push_back(reduction.decision.tag + 2 * static_cast<int>(b));
-    reduction.retired_tags.push_back(reduction.decision.tag + 2 * static_cast<int>(b) + 1);
+// On the engine thread. This rank does not contribute to this attempt any more, or there is another one, which writes
+// the same results.
+void Engine::abandon(Channel& channel, Reduction& reduction) {
+  for (const auto& collective : reduction.collectives) {
+    if (collective) collective->abandon();
   }
   channel.running -= reduction.running;
-  reduction.running = 0;
-  reduction.left = 0;
-  reduction.started.assign(reduction.started.size(), false);
-}
-
-// On the engine thread. True when nothing can arrive for the attempts that were given up.
-bool Engine::clear_retired(Reduction& reduction) {
-  std::erase_if(reduction.retired_tags, [this](int tag) { return transport_->cancel_receives(tag); });
-  return reduction.retired_tags.empty();
+  reduction = {};
+  channel.changed.notify_all();
 }
 
 void Engine::keep_for_late_ranks(Channel& channel, const Decision& decision) {
-  if (static_cast<int>(decision.contributors.size()) == size_) return;
-  const int k = static_cast<int>(decision.contributors.size());
-  const auto self = std::find(decision.contributors.begin(), decision.contributors.end(), rank_);
-  const int own = static_cast<int>(self - decision.contributors.begin());
+  if (static_cast<int>(decision.contributors.size()) == size_ && !decision.votes) return;
+  keep_for_late_ranks(channel, decision.step, decision.scope, decision.contributors,
+                      channel.reductions[decision.scope].keeps_all);
+}
+
+// This rank's shards of the result that it has now, if it is among the contributors; or all shards.
+void Engine::keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all) {
+  const int k = static_cast<int>(contributors.size());
+  const auto self = std::find(contributors.begin(), contributors.end(), rank_);
+  if (self == contributors.end()) return;
+  const int own = static_cast<int>(self - contributors.begin());
   for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
     const Bucket& bucket = channel.buckets[b];
-    if (bucket.layout.scope != decision.scope) continue;
+    if (bucket.layout.scope != scope) continue;
     const auto keep = [&](int shard) {
       const Shard cut = shard_of(bucket.layout.count, static_cast<std::size_t>(k), static_cast<std::size_t>(shard));
       const std::size_t size = size_of(bucket.layout.dtype);
       const auto* begin = static_cast<const std::byte*>(bucket.result) + cut.begin * size;
-      channel.journal.keep(decision.step, static_cast<int>(b), shard, {begin, cut.size() * size});
+      channel.journal.keep(step, static_cast<int>(b), shard, {begin, cut.size() * size});
     };
-    keep(own);
-    if (k > 1) keep((own + k - 1) % k);
+    for (int shard = 0; shard < k; ++shard) {
+      if (all || owner_of(shard) == own || neighbour_of(shard, k) == own) keep(shard);
+    }
   }
 }
 
 void Engine::start_fetch(Channel& channel, const CatchUp& missed, TimeUs now) {
   const TimeUs patience = std::max(least_patience_us, patience_factor * fetch_us_);
-  const auto done = [this, &channel, step = missed.update.step, now] {
+  const auto done = [this, &channel, missed, now] {
     fetch_us_ = monotonic_us() - now;
+    const Step step = missed.update.step;
+    for (const int scope :
+         missed.scopes) {  // it may have contributed before it stopped; now it has what it owes others
+      keep_for_late_ranks(channel, step, scope, missed.update.contributors[static_cast<std::size_t>(scope)], false);
+    }
     const std::scoped_lock lock(mutex_);
     --channel.running;
     channel.member.fetched(step);
     mark_dirty(channel);
     channel.changed.notify_all();
   };
-  const auto next_tag = [this] {
-    const std::int32_t tag = tag_limit_ + next_fetch_tag_;
-    next_fetch_tag_ = (next_fetch_tag_ + 1) % tag_limit_;
-    return tag;
-  };
+  const auto next_tag = [this] { return std::exchange(next_fetch_tag_, next_fetch_tag_ + 2); };
   auto fetch = std::make_shared<Fetch>(
       *transport_, [this](int keeper, const Pull& pull) { send(keeper, pull); }, next_tag, channel.id, missed,
-      channel.buckets, now, patience, done);
+      channel.buckets, patience, done);
   fetches_.push_back(fetch);
-  fetch->start();
+  fetch->start(now);
 }
 
 void Engine::tick_fetches(TimeUs now) {
@@ -802,6 +838,9 @@ void Engine::take_records() {
     }
     if (record.event == Record::Event::chosen) {
       report(rank_, "'" + record.channel + "' from step " + std::to_string(record.step) + " on " + record.reason);
+    }
+    if (record.event == Record::Event::stopped || (record.event == Record::Event::replaced && !record.reason.empty())) {
+      report(rank_, "'" + record.channel + "' step " + std::to_string(record.step) + ": " + record.reason);
     }
     if (record.event == Record::Event::held) report(rank_, "warning: '" + record.channel + "': " + record.reason);
   }

@@ -151,10 +151,11 @@ class Engine {
   std::vector<Message> take_messages(Channel& channel);
   void start_reduction(const Start& start);
   void bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms);
-  void retire(Channel& channel, Reduction& reduction);
-  void retire_given_up(Channel& channel);
-  bool clear_retired(Reduction& reduction);
+  void abandon(Channel& channel, Reduction& reduction);
+  void answer(Channel& channel, const Probe& probe);
+  void stand_in_for(Channel& channel, const Final& message);
   void keep_for_late_ranks(Channel& channel, const Decision& decision);
+  void keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all);
   void start_fetch(Channel& channel, const CatchUp& missed, TimeUs now);
   void tick_fetches(TimeUs now);
   void take_records();
@@ -170,8 +171,7 @@ class Engine {
   const int process_;  // its number
   const int rank_;
   const int size_;
-  const std::int32_t tag_limit_;  // decisions use the tags below it, fetches those from it to twice as many
-  std::int32_t next_fetch_tag_ = 0;
+  Tag next_fetch_tag_ = 1;  // odd; collectives use even ones
   const TraceHeader header_;
   Trace trace_;
   Timeline timeline_;

@@ -1,19 +1,25 @@
 #include "engine/fetch.h"
 
+#include <algorithm>
 #include <cstring>
+#include <string>
+#include <utility>
 
 #include "collective/partition.h"
 
 namespace hvd_backup {
 
+namespace {
+constexpr std::size_t most_refusals = 50;  // of each keeper
+}
+
 Fetch::Fetch(Transport& transport, SendPull send_pull, NextTag next_tag, ChannelId channel, const CatchUp& missed,
-             const std::vector<Bucket>& buckets, TimeUs now, TimeUs patience_us, OnDone on_done)
+             const std::vector<Bucket>& buckets, TimeUs patience_us, OnDone on_done)
     : transport_(transport),
       send_pull_(std::move(send_pull)),
       next_tag_(std::move(next_tag)),
       channel_(channel),
       step_(missed.update.step),
-      began_(now),
       patience_us_(patience_us),
       on_done_(std::move(on_done)) {
   for (const int scope : missed.scopes) {
@@ -28,34 +34,57 @@ Fetch::Fetch(Transport& transport, SendPull send_pull, NextTag next_tag, Channel
       for (int shard = 0; shard < k; ++shard) {
         const Shard cut = shard_of(bucket.layout.count, static_cast<std::size_t>(k), static_cast<std::size_t>(shard));
         if (cut.size() == 0) continue;
-        parts_.push_back({static_cast<int>(b), shard, contributors[static_cast<std::size_t>(owner_of(shard))],
-                          contributors[static_cast<std::size_t>(neighbour_of(shard, k))],
-                          static_cast<std::byte*>(bucket.result) + cut.begin * size, cut.size() * size, false});
+        Part part;
+        part.bucket = static_cast<int>(b);
+        part.shard = shard;
+        for (int next = owner_of(shard), n = 0; n < k; ++n, next = neighbour_of(next, k)) {
+          const int keeper = contributors[static_cast<std::size_t>(next)];
+          if (keeper != transport.rank()) part.keepers.push_back(keeper);
+        }
+        part.place = static_cast<std::byte*>(bucket.result) + cut.begin * size;
+        part.bytes = cut.size() * size;
+        parts_.push_back(part);
       }
     }
   }
   left_ = parts_.size();
 }
 
-void Fetch::start() {
+void Fetch::start(TimeUs now) {
   if (left_ == 0) {
     on_done_();
     return;
   }
-  for (std::size_t part = 0; part < parts_.size(); ++part) ask(part, parts_[part].keeper);
+  for (std::size_t part = 0; part < parts_.size(); ++part) ask_next(part, now);
 }
 
 void Fetch::tick(TimeUs now) {
-  if (asked_neighbours_ || now - began_ < patience_us_) return;
-  asked_neighbours_ = true;
   for (std::size_t part = 0; part < parts_.size(); ++part) {
-    if (!parts_[part].here && parts_[part].neighbour != parts_[part].keeper) ask(part, parts_[part].neighbour);
+    const bool overdue = now - parts_[part].asked_at >= patience_us_;
+    const bool more = parts_[part].asked < parts_[part].keepers.size() || parts_[part].refusals > 0;
+    if (!parts_[part].here && overdue && more) ask_next(part, now);
   }
 }
 
-void Fetch::ask(std::size_t index, int keeper) {
-  const Part& part = parts_[index];
-  const std::int32_t tag = next_tag_();
+void Fetch::refused(const Pull& pull, TimeUs now) {
+  const auto part = std::find_if(parts_.begin(), parts_.end(), [&](const Part& each) {
+    return each.bucket == pull.bucket && each.shard == pull.shard;
+  });
+  if (part == parts_.end() || part->here) return;
+  if (++part->refusals == most_refusals * part->keepers.size()) {
+    throw RuntimeFailure("none of the " + std::to_string(part->keepers.size()) + " other contributors keeps shard " +
+                         std::to_string(part->shard) + " of update " + std::to_string(step_) + ", which rank " +
+                         std::to_string(transport_.rank()) + " has missed");
+  }
+  // All others refuse as long as they have not heard yet that a contributor has stopped.
+  if (part->asked < part->keepers.size()) ask_next(static_cast<std::size_t>(part - parts_.begin()), now);
+}
+
+void Fetch::ask_next(std::size_t index, TimeUs now) {
+  Part& part = parts_[index];
+  const int keeper = part.keepers[part.asked++ % part.keepers.size()];
+  part.asked_at = now;
+  const Tag tag = next_tag_();
   auto data = std::make_shared<std::vector<std::byte>>(part.bytes);
   transport_.start_receive(keeper, tag, *data,
                            [self = shared_from_this(), index, data] { self->arrived(index, *data); });

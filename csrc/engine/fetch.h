@@ -1,6 +1,8 @@
 // Fetches one missed update from the journals of its contributors, shard by shard. Pulled, never pushed: only this
-// rank waits. A keeper that does not answer in time is not waited for: its neighbour keeps the same shard and is
-// asked as well; whoever is first wins. Every request has a buffer of its own, so a late answer can't touch anything.
+// rank waits. A keeper that does not answer in time is not waited for, or refuses (it had stopped before it had the
+// shard): then the next contributor is asked as well, first the neighbour, which keeps the same shard, then the others,
+// which do after a fault. Whoever is first wins. Every request has a buffer of its own, so a late answer can't touch
+// anything.
 #pragma once
 
 #include <cstddef>
@@ -18,28 +20,33 @@ namespace hvd_backup {
 class Fetch : public std::enable_shared_from_this<Fetch> {
  public:
   using SendPull = std::function<void(int keeper, const Pull& pull)>;
-  using NextTag = std::function<std::int32_t()>;
+  using NextTag = std::function<Tag()>;
 
-  // patience_us: how long to wait for a keeper before its neighbour is asked too (measured by the caller).
+  // patience_us: how long to wait for an answer before the next one is asked, too (measured by the caller).
   Fetch(Transport& transport, SendPull send_pull, NextTag next_tag, ChannelId channel, const CatchUp& missed,
-        const std::vector<Bucket>& buckets, TimeUs now, TimeUs patience_us, OnDone on_done);
+        const std::vector<Bucket>& buckets, TimeUs patience_us, OnDone on_done);
 
-  void start();
+  void start(TimeUs now);
   void tick(TimeUs now);
+  // Who was asked does not have it. RuntimeFailure when nobody has, again and again.
+  void refused(const Pull& pull, TimeUs now);
   bool complete() const { return left_ == 0; }
+  bool is_of(const Pull& pull) const { return pull.channel == channel_ && pull.step == step_; }
 
  private:
   struct Part {
     int bucket = 0;
     int shard = 0;
-    int keeper = 0;
-    int neighbour = 0;  // equal to keeper when there is none
+    Ranks keepers;          // in the order in which they are asked; not this rank itself, which has missed the update
+    std::size_t asked = 0;  // so often somebody was, one after the other
+    std::size_t refusals = 0;
+    TimeUs asked_at = 0;
     std::byte* place = nullptr;
     std::size_t bytes = 0;
     bool here = false;
   };
 
-  void ask(std::size_t part, int keeper);
+  void ask_next(std::size_t part, TimeUs now);
   void arrived(std::size_t part, const std::vector<std::byte>& data);
 
   Transport& transport_;
@@ -47,9 +54,7 @@ class Fetch : public std::enable_shared_from_this<Fetch> {
   const NextTag next_tag_;
   const ChannelId channel_;
   const Step step_;
-  const TimeUs began_;
   const TimeUs patience_us_;
-  bool asked_neighbours_ = false;
   std::vector<Part> parts_;
   std::size_t left_ = 0;
   OnDone on_done_;

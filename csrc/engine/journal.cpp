@@ -30,9 +30,17 @@ Journal::Block Journal::find(Step step, int bucket, int shard) const {
   return found == blocks_.end() ? nullptr : found->second;
 }
 
+void Journal::forget(Step step, int bucket) {
+  forget(blocks_.lower_bound({step, bucket, 0}), blocks_.lower_bound({step, bucket + 1, 0}));
+}
+
 void Journal::forget_before(Step step) {
-  const auto end = blocks_.lower_bound({step, std::numeric_limits<int>::min(), std::numeric_limits<int>::min()});
-  for (auto block = blocks_.begin(); block != end; block = blocks_.erase(block)) {
+  constexpr int least = std::numeric_limits<int>::min();
+  forget(blocks_.begin(), blocks_.lower_bound({step, least, least}));
+}
+
+void Journal::forget(Blocks::iterator begin, Blocks::iterator end) {
+  for (auto block = begin; block != end; block = blocks_.erase(block)) {
     bytes_ -= block->second->size();
     if (spare_.size() < spare_limit) spare_.push_back(std::move(block->second));
   }

@@ -1,6 +1,7 @@
 // The reduced shards of the last updates, kept for late ranks. With k contributors, contributor i keeps shard i and
-// its neighbour's, shard i-1, of each bucket: 2 M/k bytes an update, and one stopped keeper blocks nobody. Bounded by
-// the coordinator, which decides no update that the journals could not hold (max_lag).
+// its neighbour's, shard i-1, of each bucket: 2 M/k bytes an update, and one stopped keeper blocks nobody. When one
+// stops before it has its shards, the others keep all, so that another one may stop, too. Bounded by the coordinator,
+// which decides no update that the journals could not hold (max_lag).
 #pragma once
 
 #include <atomic>
@@ -25,6 +26,9 @@ class Journal {
   // Null when it is not here.
   Block find(Step step, int bucket, int shard) const;
 
+  // What was kept of it has not become the update.
+  void forget(Step step, int bucket);
+
   // Every rank has the updates before `step`: nobody will ask for them.
   void forget_before(Step step);
 
@@ -32,8 +36,11 @@ class Journal {
 
  private:
   using Key = std::tuple<Step, int, int>;
+  using Blocks = std::map<Key, std::shared_ptr<std::vector<std::byte>>>;
 
-  std::map<Key, std::shared_ptr<std::vector<std::byte>>> blocks_;
+  void forget(Blocks::iterator begin, Blocks::iterator end);
+
+  Blocks blocks_;
   std::vector<std::shared_ptr<std::vector<std::byte>>> spare_;  // memory to use again; fresh pages are slow
   std::atomic<std::size_t> bytes_ = 0;
 };

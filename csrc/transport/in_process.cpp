@@ -26,7 +26,7 @@ struct Offer {
 
 struct OfferArrived {
   int from;
-  int tag;
+  Tag tag;
   std::shared_ptr<Offer> offer;
 };
 struct OfferTaken {
@@ -76,17 +76,13 @@ class InProcessTransport final : public Transport {
   }
 
   ~InProcessTransport() override {
-    for (auto& [offer, on_done] : offered_) {
-      const std::lock_guard guard(offer->lock);
-      offer->withdrawn = true;
-    }
+    for (auto& [offer, sent] : offered_) withdraw(*offer);
   }
   InProcessTransport(const InProcessTransport&) = delete;
   InProcessTransport& operator=(const InProcessTransport&) = delete;
 
   int rank() const override { return rank_; }
   int size() const override { return hub_->size(); }
-  int max_tag() const override { return 32767; }
   std::size_t pending() const override { return offered_.size() + lanes_.request_count() + callbacks_.size(); }
 
   void send_message(int peer, Bytes message) override {
@@ -106,20 +102,24 @@ class InProcessTransport final : public Transport {
     return true;
   }
 
-  void start_send(int peer, int tag, std::span<const std::byte> data, OnDone on_done) override {
+  void start_send(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done, bool) override {
     auto offer = std::make_shared<Offer>();
     offer->data = data;
-    offered_.emplace(offer, std::move(on_done));
+    offered_.emplace(offer, Sent{tag, std::move(on_done)});
     mailbox(peer).post(OfferArrived{rank_, tag, std::move(offer)});
   }
 
-  void start_receive(int peer, int tag, std::span<std::byte> data, OnDone on_done) override {
+  void start_receive(int peer, Tag tag, std::span<std::byte> data, OnDone on_done, bool) override {
     deliver(peer, tag, lanes_.requested(peer, tag, {data, std::move(on_done)}));
   }
 
-  bool cancel_receives(int tag) override {
-    lanes_.forget_requests(tag);
-    return true;
+  void cancel(Tag tag) override {
+    lanes_.cancel(tag, [](int, const auto&) {});
+    std::erase_if(offered_, [tag](const auto& entry) {
+      if (entry.second.tag != tag) return false;
+      withdraw(*entry.first);
+      return true;
+    });
   }
 
   bool progress() override {
@@ -134,7 +134,16 @@ class InProcessTransport final : public Transport {
     std::span<std::byte> data;
     OnDone on_done;
   };
+  struct Sent {
+    Tag tag;
+    OnDone on_done;
+  };
   using TransferLanes = Lanes<std::shared_ptr<Offer>, Receive>;
+
+  static void withdraw(Offer& offer) {
+    const std::lock_guard guard(offer.lock);
+    offer.withdrawn = true;
+  }
 
   Hub::Mailbox& mailbox(int rank) { return *hub_->mailboxes_.at(static_cast<std::size_t>(rank)); }
 
@@ -145,18 +154,20 @@ class InProcessTransport final : public Transport {
   }
 
   void handle(OfferArrived& arrived) {
+    if (lanes_.is_cancelled(arrived.tag)) return;
     deliver(arrived.from, arrived.tag, lanes_.arrived(arrived.from, arrived.tag, std::move(arrived.offer)));
   }
 
   void handle(OfferTaken& taken) {
     const auto offered = offered_.find(taken.offer);
-    callbacks_.push_back(std::move(offered->second));
+    if (offered == offered_.end()) return;  // cancelled meanwhile
+    callbacks_.push_back(std::move(offered->second.on_done));
     offered_.erase(offered);
   }
 
   void handle(MessageArrived& arrived) { ready_.push_back(std::move(arrived)); }
 
-  void deliver(int peer, int tag, std::optional<TransferLanes::Match> match) {
+  void deliver(int peer, Tag tag, std::optional<TransferLanes::Match> match) {
     while (match) {
       auto& [offer, receive] = *match;
       if (copy(peer, tag, *offer, receive.data)) {
@@ -169,7 +180,7 @@ class InProcessTransport final : public Transport {
   }
 
   // False when the sender has gone.
-  static bool copy(int peer, int tag, Offer& offer, std::span<std::byte> into) {
+  static bool copy(int peer, Tag tag, Offer& offer, std::span<std::byte> into) {
     const std::lock_guard guard(offer.lock);
     if (offer.withdrawn) return false;
     if (offer.data.size() != into.size()) {
@@ -184,7 +195,7 @@ class InProcessTransport final : public Transport {
   std::shared_ptr<Hub> hub_;
   int rank_;
   TransferLanes lanes_;
-  std::map<std::shared_ptr<Offer>, OnDone> offered_;
+  std::map<std::shared_ptr<Offer>, Sent> offered_;
   std::vector<OnDone> callbacks_;
   std::deque<MessageArrived> ready_;
   std::vector<Letter> mail_;

@@ -4,10 +4,12 @@
 
 #include <cstddef>
 #include <deque>
-#include <iterator>
 #include <map>
 #include <optional>
+#include <set>
 #include <utility>
+
+#include "transport/transport.h"
 
 namespace hvd_backup {
 
@@ -16,13 +18,13 @@ class Lanes {
  public:
   using Match = std::pair<Arrival, Request>;
 
-  std::optional<Match> arrived(int peer, int tag, Arrival arrival) {
+  std::optional<Match> arrived(int peer, Tag tag, Arrival arrival) {
     Lane& lane = lanes_[{peer, tag}];
     lane.arrivals.push_back(std::move(arrival));
     return match(peer, tag, lane);
   }
 
-  std::optional<Match> requested(int peer, int tag, Request request) {
+  std::optional<Match> requested(int peer, Tag tag, Request request) {
     Lane& lane = lanes_[{peer, tag}];
     lane.requests.push_back(std::move(request));
     ++request_count_;
@@ -30,29 +32,31 @@ class Lanes {
   }
 
   // Puts a request back to the front of its lane: what had arrived for it has turned out to be void.
-  std::optional<Match> requested_again(int peer, int tag, Request request) {
+  std::optional<Match> requested_again(int peer, Tag tag, Request request) {
     Lane& lane = lanes_[{peer, tag}];
     lane.requests.push_front(std::move(request));
     ++request_count_;
     return match(peer, tag, lane);
   }
 
-  // Forgets what is wanted with this tag, from any peer.
-  void forget_requests(int tag) {
-    for_tag(tag, [this](int, Lane& lane) {
-      request_count_ -= lane.requests.size();
-      lane.requests.clear();
-    });
-  }
-
-  // Forgets what has arrived with this tag and is not wanted, and calls dropped(peer, arrival) for each.
+  // Forgets what is wanted with this tag, from any peer, and what has arrived: dropped(peer, arrival) for each of
+  // those. Whoever takes in what arrives asks is_cancelled() first from now on: a peer that had stopped may send it
+  // much later.
   template <class Dropped>
-  void forget_arrivals(int tag, Dropped dropped) {
-    for_tag(tag, [&](int peer, Lane& lane) {
-      for (const Arrival& arrival : lane.arrivals) dropped(peer, arrival);
-      lane.arrivals.clear();
-    });
+  void cancel(Tag tag, Dropped dropped) {
+    cancelled_.insert(tag);
+    for (auto entry = lanes_.begin(); entry != lanes_.end();) {
+      Lane& lane = entry->second;
+      if (entry->first.second != tag) {
+        ++entry;
+        continue;
+      }
+      request_count_ -= lane.requests.size();
+      for (const Arrival& arrival : lane.arrivals) dropped(entry->first.first, arrival);
+      entry = lanes_.erase(entry);
+    }
   }
+  bool is_cancelled(Tag tag) const { return cancelled_.contains(tag); }
 
   // Requests that nothing has arrived for.
   std::size_t request_count() const { return request_count_; }
@@ -63,16 +67,7 @@ class Lanes {
     std::deque<Request> requests;
   };
 
-  template <class Do>
-  void for_tag(int tag, Do action) {
-    for (auto entry = lanes_.begin(); entry != lanes_.end();) {
-      Lane& lane = entry->second;
-      if (entry->first.second == tag) action(entry->first.first, lane);
-      entry = lane.requests.empty() && lane.arrivals.empty() ? lanes_.erase(entry) : std::next(entry);
-    }
-  }
-
-  std::optional<Match> match(int peer, int tag, Lane& lane) {
+  std::optional<Match> match(int peer, Tag tag, Lane& lane) {
     if (lane.arrivals.empty() || lane.requests.empty()) return std::nullopt;
     Match match{std::move(lane.arrivals.front()), std::move(lane.requests.front())};
     lane.arrivals.pop_front();
@@ -82,7 +77,8 @@ class Lanes {
     return match;
   }
 
-  std::map<std::pair<int, int>, Lane> lanes_;
+  std::map<std::pair<int, Tag>, Lane> lanes_;
+  std::set<Tag> cancelled_;  // few: a tag for each attempt that was given up
   std::size_t request_count_ = 0;
 };
 

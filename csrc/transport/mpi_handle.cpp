@@ -18,13 +18,11 @@ std::span<const RequestSet::Finished> RequestSet::take_finished() {
 
   const auto count = static_cast<std::size_t>(outcount);
   for (std::size_t i = 0; i < count; ++i) {
-    int cancelled = 0;
-    MPI_Test_cancelled(&statuses_[i], &cancelled);
     int bytes = 0;
-    if (!cancelled) MPI_Get_count(&statuses_[i], MPI_BYTE, &bytes);
+    MPI_Get_count(&statuses_[i], MPI_BYTE, &bytes);
     finished_.push_back({numbers_[static_cast<std::size_t>(indices_[i])],
                          code == MPI_ERR_IN_STATUS ? statuses_[i].MPI_ERROR : MPI_SUCCESS,
-                         static_cast<std::size_t>(bytes), cancelled != 0});
+                         static_cast<std::size_t>(bytes)});
   }
   // The last request takes the place of each finished one. From the highest index down, so that it is never itself one
   // of those still to be removed.
@@ -37,12 +35,6 @@ std::span<const RequestSet::Finished> RequestSet::take_finished() {
     numbers_.pop_back();
   }
   return finished_;
-}
-
-void RequestSet::cancel(const std::function<bool(std::size_t)>& which) {
-  for (std::size_t i = 0; i < requests_.size(); ++i) {
-    if (which(numbers_[i])) check_mpi(MPI_Cancel(&requests_[i]), "cancelling a receive");
-  }
 }
 
 void RequestSet::abandon(const std::function<bool(std::size_t)>& is_receive) noexcept {

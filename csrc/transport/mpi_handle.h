@@ -138,7 +138,6 @@ class RequestSet {
     std::size_t number;
     int code;           // MPI_SUCCESS, or the error of this request
     std::size_t bytes;  // received
-    bool cancelled;     // nothing was received
   };
 
   RequestSet() = default;
@@ -153,10 +152,6 @@ class RequestSet {
 
   // Removes what has finished and returns it; valid until the next call.
   std::span<const Finished> take_finished();
-
-  // Asks MPI to cancel those that `which` chooses; they finish as cancelled, or as usual when they were matched
-  // already.
-  void cancel(const std::function<bool(std::size_t)>& which);
 
   // Cancels the receives (those for whose number `is_receive` says so) and leaves the sends to MPI to finish.
   void abandon(const std::function<bool(std::size_t)>& is_receive) noexcept;

@@ -17,7 +17,7 @@ MpiMessages::MpiMessages(MPI_Comm original) : comm_(Communicator::duplicate_of(o
   arriving_.resize(static_cast<std::size_t>(size));
 }
 
-void MpiMessages::send(int peer, Bytes message) {
+void MpiMessages::send(int peer, Bytes message, OnDone on_done) {
   if (message.size() > static_cast<std::size_t>(std::numeric_limits<int>::max())) {
     throw UsageError("a message of " + std::to_string(message.size()) + " bytes; send large data as a transfer");
   }
@@ -26,8 +26,11 @@ void MpiMessages::send(int peer, Bytes message) {
                       request.address()),
             "sending a message to", peer);
   // Small messages are buffered by MPI and have left already.
-  if (request.finished("sending a message to", peer)) return;
-  requests_.add(std::move(request), unfinished_.add({peer, false, false, std::move(message)}));
+  if (request.finished("sending a message to", peer)) {
+    if (on_done) on_done();
+    return;
+  }
+  requests_.add(std::move(request), unfinished_.add({peer, false, false, std::move(message), std::move(on_done)}));
 }
 
 bool MpiMessages::receive(int* from, Bytes* message) {
@@ -50,7 +53,7 @@ void MpiMessages::accept(MatchedMessage& matched) {
     ready_.emplace_back(peer, std::move(content));
     return;
   }
-  earlier.push_back(unfinished_.add({peer, true, arrived, std::move(content)}));
+  earlier.push_back(unfinished_.add({peer, true, arrived, std::move(content), {}}));
   if (!arrived) requests_.add(std::move(request), earlier.back());
 }
 
@@ -62,7 +65,8 @@ void MpiMessages::progress() {
       message.arrived = true;
       release_arrived(message.peer);
     } else {
-      unfinished_.remove(finished.number);
+      const Unfinished sent = unfinished_.remove(finished.number);
+      if (sent.on_done) sent.on_done();
     }
   }
 }

@@ -20,11 +20,11 @@ class MpiMessages {
   explicit MpiMessages(MPI_Comm original);  // collective: duplicates it
   ~MpiMessages() { close(); }
 
-  // As in transport.h.
-  void send(int peer, Bytes message);
+  // As in transport.h. on_done: once the message has left; perhaps in the call.
+  void send(int peer, Bytes message, OnDone on_done = {});
   bool receive(int* from, Bytes* message);
 
-  void progress();
+  void progress();  // runs the callbacks
   std::size_t pending() const { return unfinished_.size(); }
 
   // Cancels what has not arrived and leaves to MPI what has not been taken. Idempotent.
@@ -36,6 +36,7 @@ class MpiMessages {
     bool incoming = false;
     bool arrived = false;
     Bytes content;
+    OnDone on_done;
   };
 
   void accept(MatchedMessage& matched);

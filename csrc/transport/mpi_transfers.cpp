@@ -13,9 +13,8 @@ void MpiTransfers::start_send(MPI_Comm comm, int peer, int tag, std::span<const 
         });
 }
 
-void MpiTransfers::start_receive(MPI_Comm comm, int peer, int tag, int name, std::span<std::byte> data,
-                                 OnDone on_done) {
-  start({.receives = true, .peer = peer, .name = name, .expected = data.size(), .on_done = std::move(on_done)},
+void MpiTransfers::start_receive(MPI_Comm comm, int peer, int tag, std::span<std::byte> data, OnDone on_done) {
+  start({.receives = true, .peer = peer, .expected = data.size(), .on_done = std::move(on_done)},
         [&](std::size_t offset, int bytes, MPI_Request* request) {
           return MPI_Irecv(data.data() + offset, bytes, MPI_BYTE, peer, tag, comm, request);
         });
@@ -36,16 +35,6 @@ void MpiTransfers::start(Operation operation, StartPiece start_piece) {
   }
 }
 
-bool MpiTransfers::cancel_receives(int name) {
-  const auto concerned = [name](const Operation& operation) {
-    return operation.receives && operation.name == name && operation.pieces > 0;
-  };
-  const auto& all = operations_.all();
-  if (std::none_of(all.begin(), all.end(), concerned)) return true;
-  requests_.cancel([&](std::size_t number) { return concerned(operations_[number]); });
-  return false;  // until MPI has told what became of them
-}
-
 void MpiTransfers::progress(std::vector<OnDone>* finished) {
   for (const RequestSet::Finished& request : requests_.take_finished()) finish(request, finished);
 }
@@ -54,10 +43,8 @@ void MpiTransfers::finish(const RequestSet::Finished& finished, std::vector<OnDo
   Operation& operation = operations_[finished.number];
   check_mpi(finished.code, operation.receives ? "receiving from" : "sending to", operation.peer);
   operation.received += finished.bytes;
-  operation.cancelled = operation.cancelled || finished.cancelled;
   if (--operation.pieces > 0) return;
   Operation ended = operations_.remove(finished.number);
-  if (ended.cancelled) return;
   if (ended.receives && ended.received != ended.expected) {
     throw RuntimeFailure("a transfer from rank " + std::to_string(ended.peer) + " has " +
                          std::to_string(ended.received) + " bytes, " + std::to_string(ended.expected) +

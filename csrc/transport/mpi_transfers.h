@@ -20,12 +20,9 @@ class MpiTransfers {
   explicit MpiTransfers(std::size_t piece_bytes) : piece_bytes_(piece_bytes) {}
   ~MpiTransfers() { close(); }
 
-  // At least one byte. `name`: by which cancel_receives() finds it.
+  // At least one byte.
   void start_send(MPI_Comm comm, int peer, int tag, std::span<const std::byte> data, OnDone on_done);
-  void start_receive(MPI_Comm comm, int peer, int tag, int name, std::span<std::byte> data, OnDone on_done);
-
-  // As in transport.h.
-  bool cancel_receives(int name);
+  void start_receive(MPI_Comm comm, int peer, int tag, std::span<std::byte> data, OnDone on_done);
 
   // Callbacks of what has finished are appended to `finished`, not run.
   void progress(std::vector<OnDone>* finished);
@@ -38,12 +35,10 @@ class MpiTransfers {
   struct Operation {
     bool receives = false;
     int peer = 0;
-    int name = 0;
     std::size_t expected = 0;
     OnDone on_done;
     std::size_t pieces = 0;  // that are not finished
     std::size_t received = 0;
-    bool cancelled = false;  // a piece of it was
   };
 
   template <class StartPiece>

@@ -8,6 +8,7 @@
 #include "transport/mpi_handle.h"
 #include "transport/mpi_messages.h"
 #include "transport/mpi_node.h"
+#include "transport/mpi_parcels.h"
 #include "transport/mpi_transfers.h"
 #include "transport/node_exchange.h"
 
@@ -40,7 +41,7 @@ class MpiTransport final : public Transport {
   MpiTransport(MPI_Comm original, const MpiTransportOptions& options)
       : messages_(original),
         comm_(Communicator::duplicate_of(original)),
-        long_way_(Communicator::duplicate_of(original)),
+        parcels_(original),
         transfers_(options.piece_bytes) {
     check_mpi(MPI_Comm_rank(comm_.get(), &rank_), "asking for the rank");
     check_mpi(MPI_Comm_size(comm_.get(), &size_), "asking for the size");
@@ -49,6 +50,7 @@ class MpiTransport final : public Transport {
     check_mpi(MPI_Comm_get_attr(comm_.get(), MPI_TAG_UB, &upper_bound, &found), "asking for the largest tag");
     if (found != 0) max_tag_ = *upper_bound;
     if (options.share_memory) share_memory();
+    has_peers_elsewhere_ = static_cast<int>(ranks_on_node_.size()) < size_;
   }
 
   ~MpiTransport() override {
@@ -59,54 +61,66 @@ class MpiTransport final : public Transport {
 
   int rank() const override { return rank_; }
   int size() const override { return size_; }
-  int max_tag() const override { return max_tag_; }
   std::size_t pending() const override {
-    return messages_.pending() + transfers_.pending() + callbacks_.size() + (node_ ? node_->pending() : 0);
+    return messages_.pending() + transfers_.pending() + parcels_.pending() + callbacks_.size() +
+           (node_ ? node_->pending() : 0);
   }
 
   void send_message(int peer, Bytes message) override { messages_.send(peer, std::move(message)); }
   bool receive_message(int* from, Bytes* message) override { return messages_.receive(from, message); }
 
-  void start_send(int peer, int tag, std::span<const std::byte> data, OnDone on_done) override {
+  void start_send(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done, bool cancellable) override {
     if (data.empty()) {  // on both sides, so there is nothing to match
       callbacks_.push_back(std::move(on_done));
-    } else if (!through_memory(peer, data.size())) {
-      transfers_.start_send(comm_.get(), peer, tag, data, std::move(on_done));
-    } else if (const std::size_t on_node = index_on_node(peer); !node_->send({&on_node, 1}, tag, data, on_done)) {
-      send_the_long_way(peer, tag, data, std::move(on_done));
+    } else if (through_memory(peer, data.size())) {
+      const std::size_t on_node = index_on_node(peer);
+      if (node_->send({&on_node, 1}, tag, data, on_done)) return;
+      node_->announce(on_node, tag);  // the shared memory is full
+      parcels_.send(peer, on_the_long_way(tag), data, std::move(on_done));
+    } else if (cancellable) {
+      parcels_.send(peer, tag, data, std::move(on_done));
+    } else {
+      transfers_.start_send(comm_.get(), peer, mpi_tag(tag), data, std::move(on_done));
     }
   }
 
-  void start_receive(int peer, int tag, std::span<std::byte> data, OnDone on_done) override {
+  void start_receive(int peer, Tag tag, std::span<std::byte> data, OnDone on_done, bool cancellable) override {
     if (data.empty()) {
       callbacks_.push_back(std::move(on_done));
     } else if (through_memory(peer, data.size())) {
       node_->receive(index_on_node(peer), tag, data, std::move(on_done));
+    } else if (cancellable) {
+      parcels_.receive(peer, tag, data, std::move(on_done));
     } else {
-      transfers_.start_receive(comm_.get(), peer, tag, tag, data, std::move(on_done));
+      transfers_.start_receive(comm_.get(), peer, mpi_tag(tag), data, std::move(on_done));
     }
   }
 
-  void start_send_to_all(std::span<const int> peers, int tag, std::span<const std::byte> data,
-                         OnDone on_done) override {
+  void start_send_to_all(std::span<const int> peers, Tag tag, std::span<const std::byte> data, OnDone on_done,
+                         bool cancellable) override {
     const auto through = [&](int peer) { return through_memory(peer, data.size()); };
     if (!peers.empty() && std::all_of(peers.begin(), peers.end(), through)) {
       peers_on_node_.clear();
       for (const int peer : peers) peers_on_node_.push_back(index_on_node(peer));
       if (node_->send(peers_on_node_, tag, data, on_done)) return;
     }
-    Transport::start_send_to_all(peers, tag, data, std::move(on_done));
+    Transport::start_send_to_all(peers, tag, data, std::move(on_done), cancellable);
   }
 
-  bool cancel_receives(int tag) override {
+  void cancel(Tag tag) override {
     if (node_) node_->cancel(tag);
-    return transfers_.cancel_receives(tag);
+    parcels_.cancel(tag);
+    parcels_.cancel(on_the_long_way(tag));
+    takes_parcels_ = true;  // what is on its way is still to be taken, and thrown away
   }
 
   bool progress() override {
     messages_.progress();
     transfers_.progress(&callbacks_);
     if (node_) node_->poll(&callbacks_);
+    // To look for what nobody sends would cost as much as all the rest.
+    takes_parcels_ = takes_parcels_ || has_peers_elsewhere_ || parcels_.pending() > 0;
+    if (takes_parcels_) parcels_.progress(&callbacks_);
     // A callback may start transfers, and one that has finished already adds a callback: that runs in the next call.
     std::vector<OnDone> callbacks = std::exchange(callbacks_, {});
     for (const OnDone& on_done : callbacks) on_done();
@@ -118,11 +132,10 @@ class MpiTransport final : public Transport {
     Node node = find_node(comm_.get());
     if (node.segments.empty()) return;
     ranks_on_node_ = std::move(node.ranks);
-    next_ticket_.assign(ranks_on_node_.size(), 0);
     node_ = std::make_unique<NodeExchange>(
         std::move(node.segments), node.self,
-        [this](std::size_t peer, int tag, int ticket, std::span<std::byte> data, OnDone on_done) {
-          transfers_.start_receive(long_way_.get(), ranks_on_node_[peer], ticket, tag, data, std::move(on_done));
+        [this](std::size_t peer, Tag tag, std::span<std::byte> data, OnDone on_done) {
+          parcels_.receive(ranks_on_node_[peer], on_the_long_way(tag), data, std::move(on_done));
         });
   }
 
@@ -135,25 +148,24 @@ class MpiTransport final : public Transport {
            std::binary_search(ranks_on_node_.begin(), ranks_on_node_.end(), peer);
   }
 
-  // The shared memory is full. The receiver learns from the announcement under which tag to look for the data.
-  void send_the_long_way(int peer, int tag, std::span<const std::byte> data, OnDone on_done) {
-    const std::size_t on_node = index_on_node(peer);
-    const int ticket = next_ticket_[on_node];
-    next_ticket_[on_node] = ticket == max_tag_ ? 0 : ticket + 1;
-    node_->announce(on_node, tag, ticket);
-    transfers_.start_send(long_way_.get(), peer, ticket, data, std::move(on_done));
-  }
+  // Parcels that the receiver was told of apart from those that go this way by their size.
+  static Tag on_the_long_way(Tag tag) { return -1 - tag; }
+
+  // MPI's tags are used again when all have been used, long after their last transfer. An even number of them, so that
+  // odd and even tags of ours never meet.
+  int mpi_tag(Tag tag) const { return static_cast<int>(tag % ((static_cast<Tag>(max_tag_) + 1) / 2 * 2)); }
 
   MpiMessages messages_;
   Communicator comm_;
-  Communicator long_way_;
+  MpiParcels parcels_;
   int rank_ = 0;
   int size_ = 0;
   int max_tag_ = 32767;
+  bool has_peers_elsewhere_ = false;  // not on this node
+  bool takes_parcels_ = false;
   MpiTransfers transfers_;
   std::vector<OnDone> callbacks_;           // of finished transfers
   std::vector<int> ranks_on_node_;          // ascending; empty: no memory is shared
-  std::vector<int> next_ticket_;            // for each of them
   std::vector<std::size_t> peers_on_node_;  // kept for its memory
   std::unique_ptr<NodeExchange> node_;
 };

@@ -2,7 +2,8 @@
 // transfers cannot match each other, and nothing of ours can match anything of the user's.
 //
 // Transfers of some size between ranks of one node go through memory that they share (node_exchange.h), where the
-// system lets them; MPI takes everything else. No call here waits for a peer. This header does without mpi.h.
+// system lets them; MPI takes everything else, those that may be cancelled as parcels (mpi_parcels.h). No call here
+// waits for a peer. This header does without mpi.h.
 #pragma once
 
 #include <cstddef>

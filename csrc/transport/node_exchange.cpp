@@ -79,7 +79,7 @@ NodeExchange::Segment NodeExchange::segment(std::size_t rank) const {
   return {segments_[rank].bytes().data(), segments_.size()};
 }
 
-bool NodeExchange::send(std::span<const std::size_t> peers, int tag, std::span<const std::byte> data,
+bool NodeExchange::send(std::span<const std::size_t> peers, Tag tag, std::span<const std::byte> data,
                         const OnDone& on_done) {
   if (free_blocks_.empty()) reclaim_blocks();
   if (free_blocks_.empty()) return false;
@@ -90,7 +90,7 @@ bool NodeExchange::send(std::span<const std::size_t> peers, int tag, std::span<c
   const std::uint32_t generation = ++generations_[block];
   segment(self_).state(block).store(block_state(generation, peers.size()), std::memory_order_relaxed);
   for (const std::size_t peer : peers) {
-    post(peer, {tag, static_cast<std::int32_t>(block), generation, static_cast<std::uint32_t>(data.size()), 0});
+    post(peer, {tag, static_cast<std::int32_t>(block), generation, static_cast<std::uint32_t>(data.size())});
   }
   const bool early = outgoing_.size() < early_blocks;  // the data have been copied: the sender may have its buffer back
   if (early) finished_.push_back(on_done);
@@ -98,17 +98,19 @@ bool NodeExchange::send(std::span<const std::size_t> peers, int tag, std::span<c
   return true;
 }
 
-void NodeExchange::announce(std::size_t peer, int tag, int ticket) { post(peer, {tag, on_the_long_way, 0, 0, ticket}); }
+void NodeExchange::announce(std::size_t peer, Tag tag) { post(peer, {tag, on_the_long_way, 0, 0}); }
 
-void NodeExchange::receive(std::size_t peer, int tag, std::span<std::byte> data, OnDone on_done) {
+void NodeExchange::receive(std::size_t peer, Tag tag, std::span<std::byte> data, OnDone on_done) {
   deliver(peer, lanes_.requested(static_cast<int>(peer), tag, {data, std::move(on_done)}));
 }
 
-void NodeExchange::cancel(int tag) {
-  lanes_.forget_requests(tag);
-  lanes_.forget_arrivals(tag, [this](int peer, const Announcement& announcement) {
+void NodeExchange::cancel(Tag tag) {
+  lanes_.cancel(tag, [this](int peer, const Announcement& announcement) {
     if (announcement.block != on_the_long_way) let_go(static_cast<std::size_t>(peer), announcement);
   });
+  for (auto& waiting : waiting_) {
+    std::erase_if(waiting, [tag](const Announcement& announcement) { return announcement.tag == tag; });
+  }
   for (std::size_t i = outgoing_.size(); i > 0; --i) {
     if (outgoing_[i - 1].tag != tag) continue;
     // A new generation: who still reads the block will notice. The fence keeps what is written into it after that.
@@ -128,7 +130,11 @@ void NodeExchange::poll(std::vector<OnDone>* finished) {
     for (std::uint64_t read = ring.read.load(std::memory_order_relaxed); read < written;) {
       const Announcement announcement = ring.entries[read % ring_size];
       ring.read.store(++read, std::memory_order_release);
-      deliver(peer, lanes_.arrived(static_cast<int>(peer), announcement.tag, announcement));
+      if (!lanes_.is_cancelled(announcement.tag)) {
+        deliver(peer, lanes_.arrived(static_cast<int>(peer), announcement.tag, announcement));
+      } else if (announcement.block != on_the_long_way) {
+        let_go(peer, announcement);
+      }
     }
   }
   reclaim_blocks();
@@ -180,7 +186,7 @@ void NodeExchange::deliver(std::size_t peer, std::optional<Match> match) {
   while (match) {
     auto& [announcement, receive] = *match;
     if (announcement.block == on_the_long_way) {
-      receive_the_long_way_(peer, announcement.tag, announcement.ticket, receive.data, std::move(receive.on_done));
+      receive_the_long_way_(peer, announcement.tag, receive.data, std::move(receive.on_done));
       return;
     }
     if (announcement.bytes != receive.data.size()) {

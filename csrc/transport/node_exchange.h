@@ -36,9 +36,8 @@ class NodeExchange {
   // The size of each segment on a node of `ranks` ranks. A fresh segment, all zeros, is ready to be used.
   static std::size_t segment_bytes(std::size_t ranks);
 
-  // Receives from `peer`, over MPI, what was announced under `ticket`.
-  using ReceiveTheLongWay =
-      std::function<void(std::size_t peer, int tag, int ticket, std::span<std::byte> data, OnDone on_done)>;
+  // Receives from `peer`, over MPI, what comes next the long way with this tag.
+  using ReceiveTheLongWay = std::function<void(std::size_t peer, Tag tag, std::span<std::byte> data, OnDone on_done)>;
 
   // segments: of all ranks of the node, by number.
   NodeExchange(std::vector<SharedSegment> segments, std::size_t self, ReceiveTheLongWay receive_the_long_way);
@@ -46,16 +45,16 @@ class NodeExchange {
   NodeExchange& operator=(const NodeExchange&) = delete;
 
   // The same data to all `peers`, copied once. False when no block is free; then nothing has happened.
-  bool send(std::span<const std::size_t> peers, int tag, std::span<const std::byte> data, const OnDone& on_done);
+  bool send(std::span<const std::size_t> peers, Tag tag, std::span<const std::byte> data, const OnDone& on_done);
 
   // Tells `peer` that the transfer which comes next in this lane goes the long way.
-  void announce(std::size_t peer, int tag, int ticket);
+  void announce(std::size_t peer, Tag tag);
 
-  void receive(std::size_t peer, int tag, std::span<std::byte> data, OnDone on_done);
+  void receive(std::size_t peer, Tag tag, std::span<std::byte> data, OnDone on_done);
 
   // Forgets what has this tag and has not finished, receives and sends: the callbacks do not run, the blocks are free
-  // again, and what a peer has not received by now it never will.
-  void cancel(int tag);
+  // again, and what a peer has not received by now it never will. What peers announce with it later is thrown away.
+  void cancel(Tag tag);
 
   // Moves what can be moved. Callbacks of what has finished are appended to `finished`, not run.
   void poll(std::vector<OnDone>* finished);
@@ -67,11 +66,10 @@ class NodeExchange {
   struct Segment;  // how a segment is laid out
 
   struct Announcement {
-    std::int32_t tag;
+    Tag tag;
     std::int32_t block;        // on_the_long_way: none
     std::uint32_t generation;  // of the block
     std::uint32_t bytes;
-    std::int32_t ticket;  // for the long way
   };
   static constexpr std::int32_t on_the_long_way = -1;
 
@@ -83,7 +81,7 @@ class NodeExchange {
 
   struct Outgoing {
     std::size_t block;
-    int tag;
+    Tag tag;
     OnDone on_done;  // empty: has run already
   };
 

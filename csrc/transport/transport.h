@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <span>
 #include <vector>
@@ -16,6 +17,7 @@
 namespace hvd_backup {
 
 using Bytes = std::vector<std::byte>;
+using Tag = std::int64_t;  // of a transfer, at least 0
 using OnDone = std::function<void()>;
 
 class Transport {
@@ -24,9 +26,6 @@ class Transport {
 
   virtual int rank() const = 0;
   virtual int size() const = 0;
-
-  // Tags of transfers run from 0 to max_tag() inclusive; at least 32767.
-  virtual int max_tag() const = 0;
 
   // Takes the message; a message to one's own rank is allowed. Order between the same pair is kept.
   virtual void send_message(int peer, Bytes message) = 0;
@@ -37,17 +36,21 @@ class Transport {
   // Starts a transfer of `data` (any size, above 2^31 bytes too, zero too). `data` must stay valid, and for a send
   // unchanged, until `on_done` has run. Two transfers between the same pair with the same tag match in the order in
   // which they were started, and must have equal sizes. Never to one's own rank.
-  virtual void start_send(int peer, int tag, std::span<const std::byte> data, OnDone on_done) = 0;
-  virtual void start_receive(int peer, int tag, std::span<std::byte> data, OnDone on_done) = 0;
-
-  // Withdraws the receives with this tag, from whichever peer, that nothing has arrived for: their callbacks never
-  // run. Returns whether none is left; false while one is in the middle of arriving, which ends like any other: ask
-  // again after progress(). What peers have sent with this tag stays pending there. What this rank has sent with it and
-  // nobody has taken may be withdrawn, too.
-  virtual bool cancel_receives(int tag) = 0;
+  //
+  // cancellable: cancel() can end it, which may cost a copy. The same on both sides, and for all with this tag.
+  virtual void start_send(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done,
+                          bool cancellable = false) = 0;
+  virtual void start_receive(int peer, Tag tag, std::span<std::byte> data, OnDone on_done,
+                             bool cancellable = false) = 0;
 
   // Sends the same data to each of `peers`, which may cost less than one by one. `on_done` runs once, after all.
-  virtual void start_send_to_all(std::span<const int> peers, int tag, std::span<const std::byte> data, OnDone on_done);
+  virtual void start_send_to_all(std::span<const int> peers, Tag tag, std::span<const std::byte> data, OnDone on_done,
+                                 bool cancellable = false);
+
+  // Ends the transfers with this tag, to and from whichever peer, for good: when it returns, nothing of theirs is
+  // touched any more, and what peers send with this tag from now on is thrown away. Peers that do not cancel it, too,
+  // may wait in vain. A callback of what had finished before may still run. Not from inside a callback.
+  virtual void cancel(Tag tag) = 0;
 
   // Completes what can be completed and runs the callbacks, which may start new transfers. Returns whether anything
   // was completed.
