@@ -3,7 +3,8 @@
 #   make demo    four ranks train through a straggler (a few minutes the first time, within a minute after that)
 #   make test    all tests
 #
-# and: make lint, make clean; make smoke, a few tests over real ranks, to try another MPI. They set up a virtual
+# and: make lint, make clean; make smoke, a few tests over real ranks, to try another MPI; make simulate, a million random
+# schedules of the protocol (ARGS="--schedules 10000 --first-seed 7"). They set up a virtual
 # environment, build and install into it, and from then on redo only what has changed. Python files are used in place;
 # changed C++ is compiled by the next command. The tests need Horovod, too, which make test builds once.
 #
@@ -53,7 +54,7 @@ export PATH := $(if $(mpi_bin),$(mpi_bin):)$(abspath $(VENV))/bin:$(PATH)
 sources := CMakeLists.txt pyproject.toml $(shell find cmake csrc) \
            $(shell find hvd_backup -type d -not -name __pycache__)
 
-.PHONY: demo test smoke lint clean FORCE
+.PHONY: demo test smoke simulate lint clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -65,6 +66,9 @@ test: $(VENV)/.tensorflow $(VENV)/.installed $(VENV)/.horovod
 smoke: $(VENV)/.installed
 	$(python) -m pytest tests/test_mpi_api.py tests/test_torch_collectives.py tests/test_torch_history.py \
 	    -k "4ranks or test_i" $(ARGS)
+
+simulate: $(VENV)/.installed
+	$(python) -m tests.control_runs $(ARGS)
 
 lint: $(VENV)/.installed
 	tools/lint.sh

@@ -13,7 +13,7 @@ from typing import Any
 from hvd_backup._core_testing import compose
 
 from tests.control_rank import ChannelFailed, ChannelSpec, Line, Program, check
-from tests.control_world import World
+from tests.control_world import Bug, World
 
 
 class LeavesNow(Exception):
@@ -69,9 +69,9 @@ class Plan:
     failure: Failure | None = None
     calls: tuple[tuple[str, ...], ...] = ()
 
-    def world(self) -> World:
+    def world(self, bug: Bug | None = None) -> World:
         """A world in which every rank is about to begin."""
-        world = World(self.size, self.specs)
+        world = World(self.size, self.specs, bug)
         for rank in world.ranks:
             body = collectives(world, rank.rank, self) if self.calls else training(world, rank.rank, self)
             rank.program = until_exit(world, rank.rank, body)

@@ -172,7 +172,7 @@ class Line:
             return
         self.member.receive(message)
         if body["message"] == "Final" and body["stopped"]:  # all is kept for those, and for others in their place
-            value, _ = self.journal[body["step"], body["scope"]]
+            value, _ = self.journal.get((body["step"], body["scope"]), (((), 0), set()))
             self.journal[body["step"], body["scope"]] = (value, set(range(len(value[0]))))
         for key in [key for key in self.journal if key[0] < self.member.all_have]:
             del self.journal[key]
@@ -224,7 +224,8 @@ class Line:
         decision = self.reductions.pop(scope)
         step, contributors = decision["step"], decision["contributors"]
         value = (tuple(contributors), decision["tag"])
-        if len(contributors) < self.world.size or decision["votes"]:
+        kept_at_all = self.world.bug is None or self.world.bug.keeps
+        if kept_at_all and (len(contributors) < self.world.size or decision["votes"]):
             own, k = contributors.index(self.rank), len(contributors)
             self.journal[step, scope] = (value, {own, (own - 1) % k})
             kept = len({key[0] for key in self.journal})

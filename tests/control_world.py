@@ -10,27 +10,47 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from hvd_backup._core_testing import Coordinator, compose, describe
 
 from tests.control_rank import Applied, ChannelSpec, Line, Rank, check
 from tests.control_witness import Witness
 
-Event = tuple[str, Callable[[], None]]
+Event = tuple[tuple[object, ...], Callable[[], None]]  # in words, which are put together when they are printed
 EVENT_US = 20
 RARE = 16  # one event in so many is a rare one
+
+
+class Bug:
+    """What is said is changed on its way, or not said at all (empty). This one changes nothing."""
+
+    keeps = True  # journals are kept
+
+    def to_coordinator(self, rank: int, body: dict[str, Any]) -> dict[str, Any]:
+        return body
+
+    def to_member(self, rank: int, body: dict[str, Any]) -> dict[str, Any]:
+        return body
+
+
+def composed(body: dict[str, Any]) -> bytes:
+    fields = {key: value for key, value in body.items() if key != "message"}
+    return bytes(compose(body["message"], **fields))
 
 
 class World:
     """`step(choice)` lets one event happen; `settle()` brings everything to its end."""
 
-    def __init__(self, size: int, specs: tuple[ChannelSpec, ...]) -> None:
+    def __init__(self, size: int, specs: tuple[ChannelSpec, ...], bug: Bug | None = None) -> None:
+        """bug: one that is planted, to see that it is found (tests/control_bugs.py)."""
         self.size = size
+        self.bug = bug
         self.specs = {spec.name: spec for spec in specs}
         self.coordinator = Coordinator(size)
         self.now = 1_000_000
         self.ranks = [Rank(rank) for rank in range(size)]
-        self.log: list[str] = []
+        self.log: list[object] = []  # see text()
         self._to_coordinator: list[deque[bytes]] = [deque() for _ in range(size)]
         self._to_member: list[deque[bytes]] = [deque() for _ in range(size)]
         self._truth: dict[str, list[Applied]] = {}
@@ -101,7 +121,7 @@ class World:
             if not events:
                 if self.coordinator.next_deadline() is None:
                     return
-                events = [("time passes", self._pass_time)]
+                events = [(("time passes",), self._pass_time)]
             self._happen(events[turn % len(events)])
         check(False, f"I6: still busy after {limit} events")
 
@@ -111,33 +131,38 @@ class World:
             check(rank.left, f"I6: the program of rank {rank.rank} hangs")
             check(rank.all_gone, f"I6: rank {rank.rank} was not told that all have gone")
 
+    def text(self, last: int = 200) -> str:
+        """The log's last entries: what happened when, and below it what was said and put on record."""
+        lines = [" ".join(map(str, each)) if isinstance(each, tuple) else f"    {each}" for each in self.log[-last:]]
+        return "\n".join(lines)
+
     def _events(self) -> list[Event]:
         """What can happen next."""
         out: list[Event] = []
         for r, rank in enumerate(self.ranks):
             if self._to_coordinator[r]:
-                out.append((f"coordinator hears rank {r}", lambda r=r: self._hear(r)))
+                out.append((("coordinator hears rank", r), lambda r=r: self._hear(r)))
             if rank.stopped:
                 continue
             if self._to_member[r]:
-                out.append((f"rank {r} hears", lambda r=r: self._deliver(r)))
+                out.append((("hears: rank", r), lambda r=r: self._deliver(r)))
             for name, line in rank.lines.items():
                 for scope, decision in line.reductions.items():
                     if line.can_complete(scope):
-                        what = f"rank {r} has reduced {name} step {decision['step']} scope {scope}"
+                        what = ("has reduced: rank", r, name, "step", decision["step"], "scope", scope)
                         out.append((what, lambda line=line, scope=scope: self._at(line, lambda: line.complete(scope))))
                 if line.missed and line.can_fetch():
-                    what = f"rank {r} has fetched {name} step {line.missed['step']}"
+                    what = ("has fetched: rank", r, name, "step", line.missed["step"])
                     out.append((what, lambda line=line: self._at(line, line.fetch)))
             if rank.program is not None and rank.ready:
-                out.append((f"program {r} goes on", lambda r=r: self._run(r)))
+                out.append((("program goes on:", r), lambda r=r: self._run(r)))
         return out
 
     def _rare_events(self, choice: int) -> list[Event]:
         """What makes it hard: time passes, ranks stop and go on (not rank 0, which coordinates)."""
-        out: list[Event] = [("time passes", self._pass_time)]
+        out: list[Event] = [(("time passes",), self._pass_time)]
         for rank in self.ranks[1:]:
-            what = f"rank {rank.rank} {'goes on' if rank.stopped else 'stops'}"
+            what = ("goes on: rank" if rank.stopped else "stops: rank", rank.rank)
             out.append((what, lambda rank=rank: self.stop(rank.rank, not rank.stopped, choice)))
         return out
 
@@ -151,7 +176,7 @@ class World:
 
     def _happen(self, event: Event) -> None:
         what, action = event
-        self.log.append(f"{self.now}: {what}")
+        self.log.append((self.now, *what))
         action()
         self.now += EVENT_US
         deadline = self.coordinator.next_deadline()
@@ -182,7 +207,11 @@ class World:
     def _deliver(self, r: int) -> None:
         rank, message = self.ranks[r], self._to_member[r].popleft()
         body = describe(message)
-        self.log.append(f"    {body}")
+        if self.bug is not None and (body := self.bug.to_member(r, body)):
+            message = composed(body)
+        if not body:
+            return
+        self.log.append(body)
         rank.ready = True
         if body["message"] == "Joined":
             rank.joined = False
@@ -196,13 +225,17 @@ class World:
     def _hear(self, r: int) -> None:
         message = self._to_coordinator[r].popleft()
         body = describe(message)
-        self.log.append(f"    {body}")
+        if self.bug is not None and (body := self.bug.to_coordinator(r, body)):
+            message = composed(body)
+        if not body:
+            return
+        self.log.append(body)
         self._witness.hear(r, body)
         self.coordinator.receive(r, message, self.now)
 
     def _take_from_coordinator(self) -> None:
         replies, records = self.coordinator.take_replies(), self.coordinator.take_records()
-        self.log += [f"    record {record}" for record in records]
+        self.log += records
         self._witness.records(records)
         self._witness.replies([(to, describe(message)) for to, message in replies])
         for to, message in replies:

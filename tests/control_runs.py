@@ -1,0 +1,153 @@
+"""Runs of tests/control_world.py: a plan and a schedule, both from a seed; and a failing one made short.
+
+python -m tests.control_runs [--schedules 1000000] [--first-seed 0] [--jobs 2]    (or: make simulate)
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from random import Random
+
+from tqdm import tqdm
+
+from tests import control_plans
+from tests.control_programs import Plan
+from tests.control_rank import Rank, Violation, check
+from tests.control_world import Bug, World
+
+
+def random_choices(rng: Random) -> list[int]:
+    return [rng.randrange(1 << 16) for _ in range(rng.choice([30, 100, 300, 2000]))]
+
+
+def run(plan: Plan, choices: list[int], bug: Bug | None = None) -> World:
+    """Goes through the schedule, then brings everything to its end. AssertionError, with all that happened."""
+    world = plan.world(bug)
+    with reported(plan, world):
+        for choice in choices:
+            if not world.step(choice):
+                break
+        world.settle()
+        world.check_end()
+    return world
+
+
+def run_with_one_stopped(plan: Plan, choices: list[int], bug: Bug | None = None) -> World | None:
+    """Then stops a rank for ever, picked by the last choice: the others come to their end all the same (I4).
+
+    Whenever it stops, also in the middle of its contribution, with some of its data sent, and some not. None: there is
+    no rank to be stopped, besides the coordinator's.
+    """
+    world = plan.world(bug)
+    with reported(plan, world):
+        for choice in choices[:600]:
+            if not world.step(choice):
+                break
+        training = [rank for rank in world.ranks[1:] if not rank.left and is_training(rank, len(plan.specs))]
+        if not training:
+            return None
+        victim = training[choices[-1] % len(training)]
+        for rank in world.ranks:
+            world.stop(rank.rank, rank is victim, choices[0])
+        world.settle(resume=False)
+        for rank in world.ranks:
+            check(rank.left or rank is victim, f"I4: rank {rank.rank} waits for rank {victim.rank}")
+        world.settle()
+        world.check_end()
+    return world
+
+
+def is_training(rank: Rank, channels: int) -> bool:
+    """All its channels are open, and it has applied something in each."""
+    return len(rank.lines) == channels and all(line.history for line in rank.lines.values())
+
+
+class reported:  # noqa: N801 (reads like a function)
+    """What happened is added to a Violation; any other exception of a state machine counts as one."""
+
+    def __init__(self, plan: Plan, world: World) -> None:
+        self.plan, self.world = plan, world
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception):
+            what = str(error) if isinstance(error, Violation) else f"{type(error).__name__}: {error}"
+            raise AssertionError("\n".join([what, str(self.plan), self.world.text(), what])) from error
+
+
+Run = Callable[[Plan, list[int], "Bug | None"], "World | None"]
+KINDS: dict[str, tuple[Callable[[Random], Plan], Run]] = {
+    "training": (control_plans.training, run),
+    "failing": (control_plans.failing, run),
+    "collectives": (control_plans.collectives, run),
+    "one stopped": (control_plans.without_one, run_with_one_stopped),
+}
+
+
+def run_seed(kind: str, seed: int, bug: Bug | None = None) -> None:
+    """AssertionError, with the seed and a short schedule that fails in the same way, if an invariant is broken."""
+    plan_from, how = KINDS[kind]
+    rng = Random(seed)
+    plan, choices = plan_from(rng), random_choices(rng)
+    try:
+        how(plan, choices, bug)
+    except AssertionError as error:
+        if bug is not None:
+            raise
+        short, last = shrink(plan, choices, how, error)
+        raise AssertionError(
+            f"{kind}, seed {seed}, {len(choices)} choices made {len(short)}: {short}\n{last}"
+        ) from None
+
+
+def shrink(plan: Plan, choices: list[int], how: Run, error: AssertionError) -> tuple[list[int], AssertionError]:
+    """A schedule without what is not needed for it to fail: leaves out halves, quarters, ... and single choices."""
+    piece = len(choices) // 2
+    while piece > 0:
+        at = 0
+        while at < len(choices) > 1:
+            shorter = choices[:at] + choices[at + piece :]
+            try:
+                how(plan, shorter or [0], None)
+                at += piece
+            except AssertionError as same:
+                choices, error = shorter or [0], same
+        piece //= 2
+    return choices, error
+
+
+def failure_of(seed: int) -> str:
+    for kind in KINDS:
+        try:
+            run_seed(kind, seed)
+        except AssertionError as error:
+            return str(error)
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--schedules", type=int, default=1_000_000, help="how many (default 1000000)")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the first of them (default 0)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    args = parser.parse_args()
+    seeds = range(args.first_seed, args.first_seed + -(-args.schedules // len(KINDS)))
+    failures = 0
+    with multiprocessing.Pool(args.jobs) as pool:
+        done = pool.imap_unordered(failure_of, seeds, chunksize=20)
+        for failure in tqdm(done, total=len(seeds), unit_scale=len(KINDS), unit=" schedules", smoothing=0.01):
+            if failure:
+                failures += 1
+                tqdm.write(failure)
+    print(f"{len(seeds) * len(KINDS)} schedules, {failures} violate an invariant")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()
