@@ -499,4 +499,4 @@ def test_messages_for_members_are_refused() -> None:
 
 def test_an_unknown_channel_is_refused() -> None:
     with pytest.raises(RuntimeError, match="unknown channel 7"):
-        Talk(1).open().say(0, "Sync", channel=7)
+        Talk(2).open().say(0, "Sync", channel=7)

@@ -1,6 +1,8 @@
 // How small messages become bytes and back. A message lists its fields once, in `fields(archive)`; Writer and Reader
 // walk the same list. Ranks of one job run the same build on the same kind of machine, so numbers travel as they lie in
-// memory. A Reader never reads past the end: a message that is too short, or has bytes left over, is a RuntimeFailure.
+// memory. A Reader never reads past the end: a message that is too short, or has bytes left over, is a RuntimeFailure, and
+// so is a value that is none: a bool is 0 or 1, an enum what its is_known(value), declared beside it, says. So bytes that
+// can be read are those that would be written again.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +10,7 @@
 #include <cstring>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -54,9 +57,23 @@ class Reader {
   explicit Reader(const std::vector<std::byte>& bytes) : bytes_(bytes) {}
 
   template <class T>
-    requires std::is_arithmetic_v<T> || std::is_enum_v<T>
+    requires std::is_arithmetic_v<T>
   void operator()(T& value) {
     std::memcpy(&value, take(sizeof value), sizeof value);
+  }
+  void operator()(bool& value) {
+    std::uint8_t byte = 0;
+    (*this)(byte);
+    if (byte > 1) throw RuntimeFailure("malformed message: a bool is " + std::to_string(byte));
+    value = byte == 1;
+  }
+  template <class T>
+    requires std::is_enum_v<T>
+  void operator()(T& value) {
+    std::underlying_type_t<T> number = 0;
+    (*this)(number);
+    value = static_cast<T>(number);
+    if (!is_known(value)) throw RuntimeFailure("malformed message: no value of its kind is " + std::to_string(number));
   }
   void operator()(std::string& text) {
     std::uint32_t size = 0;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "control/attempt.h"
+#include "control/message_check.h"
 #include "control/messages.h"
 #include "control/policy.h"
 #include "control/record.h"
@@ -77,6 +78,7 @@ class ChannelBook {
   bool is_short() const;  // an attempt that was given up waits for other ranks
   void turn_away(int rank, TimeUs now);
   Step open_step() const { return open_step_; }
+  ChannelFacts facts() const { return {open_step_, history_first_, rounds_.current()}; }
   bool anybody_waits() const;
 
   void tick(TimeUs now);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "control/message_check.h"
+
 namespace hvd_backup {
 
 Coordinator::Coordinator(int size, bool measured, Combine combine)
@@ -23,6 +25,11 @@ ChannelBook& Coordinator::book(ChannelId id) {
 void Coordinator::receive(int from, const Message& message, TimeUs now) {
   std::visit(
       [&](const auto& body) {
+        if constexpr (requires { body.channel; }) {
+          if (body.channel < books_.size()) check_message(message, size_, books_[body.channel]->facts());
+        } else {
+          check_message(message, size_, {});
+        }
         using Body = std::decay_t<decltype(body)>;
         if constexpr (std::is_same_v<Body, Open>) {
           open(from, body, now);

@@ -264,6 +264,10 @@ void Member::receive(const History& message) {
   outlook_ = message.outlook;
   sync_sent_ = false;
   for (const PastUpdate& update : message.updates) {
+    if (update.contributors.size() != buckets_in_scope_.size()) {
+      throw RuntimeFailure("malformed message: update " + std::to_string(update.step) + " has " +
+                           std::to_string(update.contributors.size()) + " scopes");
+    }
     if (update.step >= applied_) pages_.push_back(update);
   }
 }

@@ -101,7 +101,12 @@ class Member {
     Decision decision;
   };
 
-  Scope& scope(int index) { return scopes_[static_cast<std::size_t>(index)]; }
+  Scope& scope(int index) {
+    if (index < 0 || static_cast<std::size_t>(index) >= scopes_.size()) {
+      throw RuntimeFailure("malformed message: there is no scope " + std::to_string(index));
+    }
+    return scopes_[static_cast<std::size_t>(index)];
+  }
   void arrive(int scope_index);
   void check_complete() const;
   bool fetch_next_page_entry();

@@ -25,6 +25,7 @@ enum class ChannelKind : std::uint8_t {
   training,   // one optimizer: a late rank applies what it missed and goes on with the newest step
   collective  // first_n_allreduce: the k-th call on each rank is the k-th collective
 };
+constexpr bool is_known(ChannelKind kind) { return kind <= ChannelKind::collective; }
 
 struct ChannelOptions {
   std::int32_t required = 1;    // N

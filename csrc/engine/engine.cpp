@@ -97,13 +97,15 @@ std::string combine_payloads(const Decision& decision, const std::vector<std::st
   if (payloads.front().size() <= 2) return {};
   const std::string form = payloads.front().substr(payloads.front().size() - 2);
   const auto dtype = static_cast<DataType>(form.front());
+  const std::size_t elements_bytes = payloads.front().size() - form.size();
+  if (size_of(dtype) == 0 || elements_bytes % size_of(dtype) != 0) return {};  // malformed
   const Factors factors = factors_of(decision, dtype, form.back() != 0);
   std::vector<const void*> sources;
   for (const std::string& payload : payloads) {
     if (payload.size() != payloads.front().size() || !payload.ends_with(form)) return {};
     sources.push_back(payload.data());
   }
-  std::string result(payloads.front().size() - 2, '\0');
+  std::string result(elements_bytes, '\0');
   weighted_sum(dtype, result.data(), sources, factors.weights, factors.scale, result.size() / size_of(dtype));
   return result;
 }
