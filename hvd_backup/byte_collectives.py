@@ -16,7 +16,7 @@ import cloudpickle
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["allgather", "allgather_object", "broadcast", "broadcast_object"]
+__all__ = ["allgather", "allgather_pickled", "broadcast", "broadcast_object", "broadcast_pickled", "pickled"]
 
 PIECE_BYTES = 1 << 30
 
@@ -44,17 +44,21 @@ def allgather(comm: MPI.Intracomm, mine: memoryview, everybody: memoryview, leng
 def broadcast_object(comm: MPI.Intracomm, value: Any, root: int) -> Any:
     """`value` of rank `root`, on every rank; on `root` the very object. It must pickle; functions do, too."""
     is_root = comm.Get_rank() == root
-    data = bytearray(_pickled(value)) if is_root else bytearray()
-    length = comm.bcast(len(data), root)
-    if not is_root:
-        data = bytearray(length)
+    other = broadcast_pickled(comm, pickled(value) if is_root else b"", root)
+    return value if is_root else other
+
+
+def broadcast_pickled(comm: MPI.Intracomm, mine: bytes, root: int) -> Any:
+    """The object that rank `root` has pickled; None on `root`."""
+    is_root = comm.Get_rank() == root
+    length = comm.bcast(len(mine), root)
+    data = bytearray(mine) if is_root else bytearray(length)
     broadcast(comm, memoryview(data), root)
-    return value if is_root else pickle.loads(data)
+    return None if is_root else pickle.loads(data)
 
 
-def allgather_object(comm: MPI.Intracomm, value: Any) -> list[Any]:
-    """The `value` of every rank, by rank. Each must pickle."""
-    mine = _pickled(value)
+def allgather_pickled(comm: MPI.Intracomm, mine: bytes) -> list[Any]:
+    """The objects that all ranks have pickled, by rank."""
     lengths = comm.allgather(len(mine))
     everybody = memoryview(bytearray(sum(lengths)))
     allgather(comm, memoryview(mine), everybody, lengths)
@@ -62,7 +66,8 @@ def allgather_object(comm: MPI.Intracomm, value: Any) -> list[Any]:
     return [pickle.loads(everybody[starts[rank] : starts[rank + 1]]) for rank in range(len(lengths))]
 
 
-def _pickled(value: Any) -> bytes:
+def pickled(value: Any) -> bytes:
+    """`value` as bytes. It must pickle: call this before the ranks meet, so that nobody waits for one that cannot."""
     return bytes(cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
 
 

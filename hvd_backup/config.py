@@ -54,7 +54,7 @@ class Config:
         0.0, "seconds after the (n - b)-th arrival during which others still count", values_of.seconds
     )
     max_misses: int = _option(
-        0, "a rank left out this many times in a row is waited for; 0: never", values_of.integer(0)
+        0, "a rank left out this many times in a row is waited for; 0: never", values_of.integer(0, most=values_of.MOST)
     )
     max_staleness: int = _option(
         0, "how many updates older than its update a gradient's weights may be; only 0 yet", values_of.max_staleness

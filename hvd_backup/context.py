@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import operator
 import os
 import sys
 import threading
@@ -109,7 +110,7 @@ class Context:
         if recorded is not None:
             replay.instruct(self.engine, recorded)
         comm.Barrier()  # nobody opens a channel before rank 0 knows what to decide
-        self.collectives = Collectives(self.engine, config.journal_bytes)
+        self.collectives = Collectives(self.engine, config.journal_bytes, self.check_process)
         self._rendezvous = Rendezvous(self.collectives, comm)
         self._participants: weakref.WeakSet[Any] = weakref.WeakSet()
         self._process = os.getpid()
@@ -164,8 +165,27 @@ class Context:
             UsageError: on every rank, when the ranks do not mean the same collective; or as `before_full_collective`.
             HvdBackupError: a rank has left the program.
         """
+        self.check_process()
         self.before_full_collective(what)
         self._rendezvous.meet(what)
+
+    def check_process(self) -> None:
+        """Raises UsageError in a forked child: there is no engine thread, so whatever waits for it waits for ever."""
+        if self._process != os.getpid():
+            raise UsageError(
+                "hvd_backup was used in a process that was forked after init(): it has no part in the training. Use it "
+                "in the process that called init() alone; data loaders and other helpers must not call it"
+            )
+
+    def root(self, root_rank: Any) -> int:
+        """`root_rank` of a broadcast, checked."""
+        try:
+            root = operator.index(root_rank)
+        except TypeError:
+            root = -1
+        if not 0 <= root < self.size:
+            raise UsageError(f"root_rank={root_rank!r}: expected 0 to {self.size - 1}, there are {self.size} ranks")
+        return root
 
     def join(self) -> int:
         """See `hvd_backup.mpi.join`."""
@@ -270,6 +290,8 @@ def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
     try:
         config = Config.from_environment()
         launch_check.check(MPI)
+        if own.Get_rank() == 0:
+            _check_writable(HVD_BACKUP_TRACE=config.trace, HVD_BACKUP_TIMELINE=config.timeline)
         if config.replay and own.Get_rank() == 0:
             recorded = replay.load(config.replay, own.Get_size())
     except HvdBackupError as error:
@@ -287,6 +309,16 @@ def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
     _current = context
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)
+
+
+def _check_writable(**paths: str) -> None:
+    """Raises ConfigError for a file of rank 0 that cannot be written."""
+    for variable, path in paths.items():
+        try:
+            if path:
+                open(path, "a").close()
+        except OSError as error:
+            raise ConfigError(f"{variable}={path!r} cannot be written: {error.strerror}") from None
 
 
 def _communicator(MPI: Any, comm: Any) -> Any:  # noqa: N803

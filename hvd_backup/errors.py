@@ -13,6 +13,9 @@ __all__ = ["ConfigError", "HvdBackupError", "NotInitializedError", "UsageError"]
 
 HvdBackupError = _core.CoreError
 UsageError = _core.CoreUsageError
+for _kind, _name in ((HvdBackupError, "HvdBackupError"), (UsageError, "UsageError")):  # as a traceback shows them
+    _kind.__name__ = _kind.__qualname__ = _name
+    _kind.__module__ = __name__
 
 
 class ConfigError(UsageError, ValueError):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from hvd_backup import _core
 from hvd_backup.errors import HvdBackupError, UsageError
 from hvd_backup.policy import journal_depth
 
-__all__ = ["DTYPE_BYTES", "Collectives", "Handle", "ReduceOp", "Signature", "contributors_wanted"]
+__all__ = ["DTYPE_BYTES", "Collectives", "Handle", "ReduceOp", "Signature", "checked_handle", "contributors_wanted"]
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 
@@ -62,7 +63,7 @@ class Signature:
         if self.dtype not in DTYPE_BYTES:
             known = ", ".join(DTYPE_BYTES)
             raise UsageError(f"{self.operation}: dtype {self.dtype} is not supported, only {known}: convert the tensor")
-        if self.op not in (ReduceOp.AVERAGE, ReduceOp.SUM):
+        if not isinstance(self.op, ReduceOp) or self.op not in (ReduceOp.AVERAGE, ReduceOp.SUM):
             raise UsageError(f"{self.operation}: op={self.op!r} is not supported, only Average and Sum")
 
     @property
@@ -105,6 +106,13 @@ class Handle:
             self._outcome = contributors if self._finish is None else self._finish(contributors)
             self._finish = None
         return self._outcome
+
+
+def checked_handle(operation: str, handle: Any) -> Any:
+    """`handle`, which must be what an asynchronous collective has returned."""
+    if not callable(getattr(handle, "wait", None)) or not callable(getattr(handle, "poll", None)):
+        raise UsageError(f"{operation}({type(handle).__name__}): expected a handle, as allreduce_async() returns it")
+    return handle
 
 
 class _Line:
@@ -153,8 +161,12 @@ class _Line:
 class Collectives:
     """All collectives of one process by name. The calls of all ranks must come in the same order under each name."""
 
-    def __init__(self, engine: _core.Engine, journal_bytes: int) -> None:
+    def __init__(
+        self, engine: _core.Engine, journal_bytes: int, check_process: Callable[[], None] = lambda: None
+    ) -> None:
+        """check_process: raises where the engine cannot be used."""
         self._engine = engine
+        self._check_process = check_process
         self._journal_bytes = journal_bytes
         self._joins = 0
         self._lines: dict[str, dict[tuple[Signature, int], _Line]] = {}
@@ -186,6 +198,7 @@ class Collectives:
             UsageError: n is not in 1..size; or an earlier call of the same name has not been waited for.
             HvdBackupError: the ranks differ in what they called under this name, or a rank that is needed has left.
         """
+        self._check_process()
         if not 1 <= signature.required <= self._engine.size:
             raise UsageError(
                 f"{signature.operation}: n={signature.required}, expected 1 to {self._engine.size}, the number of ranks"
@@ -241,10 +254,16 @@ def contributors_wanted(n: int | None, backup_workers: int | None, size: int, de
     """n from what the user gave: `n`, or `backup_workers` = size - n, or the default number of backup workers."""
     if n is not None and backup_workers is not None:
         raise UsageError(f"give n or backup_workers, not both (n={n}, backup_workers={backup_workers})")
-    if n is None:
-        n = size - (default if backup_workers is None else backup_workers)
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= size:
-        given = f"n={n}" if backup_workers is None else f"backup_workers={backup_workers}"
+    given: Any = n if backup_workers is None else backup_workers
+    if given is None:
+        return size - default
+    try:
+        number = -1 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        number = -1
+    wanted = number if backup_workers is None else size - number
+    if number < 0 or not 1 <= wanted <= size:
+        what = f"n={given!r}" if backup_workers is None else f"backup_workers={given!r}"
         expected = f"n from 1 to {size}" if backup_workers is None else f"backup_workers from 0 to {size - 1}"
-        raise UsageError(f"{given}: expected {expected}, there are {size} ranks")
-    return n
+        raise UsageError(f"{what}: expected {expected}, there are {size} ranks")
+    return wanted

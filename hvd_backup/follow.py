@@ -23,6 +23,7 @@ __all__ = ["END", "Batches", "Followed", "Round", "follow", "left_by_break", "le
 Batch = TypeVar("Batch")
 
 END = object()
+ENDLESS = 1 << 60
 
 
 class HasTraining(Protocol):
@@ -62,6 +63,8 @@ def follow(
     Raises:
         UsageError: in the loop, for a loader with a length, when step() is called twice for one batch.
     """
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise UsageError(f"follow({type(loader).__name__}): expected an iterable of batches")
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     if not optimizers:
         raise UsageError("follow(loader, []): at least one optimizer is needed")
@@ -238,7 +241,9 @@ def running(frame: FrameType) -> Callable[[], bool]:
 
 
 def length_of(loader: object) -> int:
+    """Number of batches, -1 when unknown. What claims to be endless has no length, either."""
     try:
-        return len(loader)  # type: ignore[arg-type]
+        length = len(loader)  # type: ignore[arg-type]
+        return length if length < ENDLESS else -1
     except TypeError:
         return -1

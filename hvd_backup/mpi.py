@@ -12,7 +12,6 @@ in hvd_backup.torch). Call it from one thread, the training thread.
 from __future__ import annotations
 
 import math
-import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from hvd_backup import byte_collectives, context, numpy_buffers
 from hvd_backup.context import init, is_initialized, shutdown, straggler_report
 from hvd_backup.errors import UsageError
-from hvd_backup.first_n import Handle, ReduceOp, Signature, contributors_wanted
+from hvd_backup.first_n import Handle, ReduceOp, Signature, checked_handle, contributors_wanted
 from hvd_backup.numpy_buffers import as_buffer, bytes_of, signature_of
 
 if TYPE_CHECKING:
@@ -191,7 +190,9 @@ def allreduce(tensor: ArrayLike, name: str | None = None, op: ReduceOp = Average
         return result
     array = as_buffer("allreduce", tensor, name)
     if not isinstance(op, ReduceOp) or not (array.dtype.kind in "iuf" or array.dtype.name == "bfloat16"):
-        raise UsageError(f"allreduce(op={op!r}) of dtype {array.dtype}: expected Min, Max or Product of numbers")
+        raise UsageError(
+            f"allreduce(op={op!r}) of dtype {array.dtype}: expected Average, Sum, Min, Max or Product, of numbers"
+        )
     here = context.current()
     here.full_collective(f"allreduce({signature_of(array)}, op={op.name}, name={name!r})")
     return numpy_buffers.reduce_over_mpi(here.comm, array, op)
@@ -204,12 +205,12 @@ def allreduce_async(tensor: ArrayLike, name: str | None = None, op: ReduceOp = A
 
 def synchronize(handle: Handle) -> Any:
     """Waits for a collective that was started: gives a `FirstN`, or the array of an allreduce. May be called again."""
-    return handle.wait()
+    return checked_handle("synchronize", handle).wait()
 
 
 def poll(handle: Handle) -> bool:
     """Whether `synchronize` would return at once."""
-    return handle.poll()
+    return bool(checked_handle("poll", handle).poll())
 
 
 def allgather(tensor: ArrayLike, name: str | None = None) -> NDArray[Any]:
@@ -242,7 +243,7 @@ def broadcast(tensor: ArrayLike, root_rank: int, name: str | None = None) -> NDA
     """
     array = as_buffer("broadcast", tensor, name)
     here = context.current()
-    root = _root(root_rank, here.size)
+    root = here.root(root_rank)
     here.full_collective(f"broadcast({signature_of(array)}, root_rank={root}, name={name!r})")
     result: NDArray[Any] = array.copy()
     byte_collectives.broadcast(here.comm, bytes_of(result), root)
@@ -252,16 +253,19 @@ def broadcast(tensor: ArrayLike, root_rank: int, name: str | None = None) -> NDA
 def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> Any:
     """The object of rank `root_rank`, on every rank. It must pickle."""
     here = context.current()
-    root = _root(root_rank, here.size)
+    root = here.root(root_rank)
+    data = byte_collectives.pickled(obj) if here.rank == root else b""  # may raise: before the others wait for it
     here.full_collective(f"broadcast_object(root_rank={root}, name={name!r})")
-    return byte_collectives.broadcast_object(here.comm, obj, root)
+    everybodys = byte_collectives.broadcast_pickled(here.comm, data, root)
+    return obj if here.rank == root else everybodys
 
 
 def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
     """The objects of all ranks, by rank. Each must pickle."""
     here = context.current()
+    data = byte_collectives.pickled(obj)  # may raise: before the others wait for it
     here.full_collective(f"allgather_object(name={name!r})")
-    return byte_collectives.allgather_object(here.comm, obj)
+    return byte_collectives.allgather_pickled(here.comm, data)
 
 
 def barrier() -> None:
@@ -323,10 +327,3 @@ def _start(
         finish=finish,
         wait_follows=wait_follows,
     )
-
-
-def _root(root_rank: int, processes: int) -> int:
-    root = operator.index(root_rank)
-    if not 0 <= root < processes:
-        raise UsageError(f"root_rank={root_rank}: expected 0 to {processes - 1}, there are {processes} ranks")
-    return root

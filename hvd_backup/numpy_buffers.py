@@ -25,7 +25,10 @@ def as_buffer(operation: str, tensor: ArrayLike, name: object) -> NDArray[Any]:
     """
     if name is not None and not isinstance(name, str):
         raise UsageError(f"{operation}: name={name!r}, expected a str (Horovod's average=False is op=Sum here)")
-    array = np.asarray(tensor)
+    try:
+        array = np.asarray(tensor)
+    except ValueError as error:
+        raise UsageError(f"{operation}({type(tensor).__name__}): that is no array: {error}") from None
     if array.dtype.hasobject:
         raise UsageError(f"{operation} of dtype {array.dtype}: use broadcast_object or allgather_object for objects")
     return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)

@@ -30,8 +30,11 @@ PLANNED_POLICIES = (
 Check = Callable[[Any], Any]
 
 
-def integer(low: int, or_else: str = "") -> Check:
-    """An integer of at least `low`; `or_else` names what else the caller would take."""
+MOST = (1 << 31) - 1  # what the core counts with
+
+
+def integer(low: int, or_else: str = "", most: int | None = None) -> Check:
+    """An integer of at least `low`, and at most `most`; `or_else` names what else the caller would take."""
 
     def check(value: Any) -> int:
         try:
@@ -40,6 +43,8 @@ def integer(low: int, or_else: str = "") -> Check:
             number = None
         if number is None or isinstance(value, bool) or number < low:
             raise ValueError(f"expected an integer >= {low}{or_else}")
+        if most is not None and number > most:
+            raise ValueError(f"expected an integer from {low} to {most}{or_else}")
         return number
 
     return check
@@ -102,7 +107,7 @@ def max_lag(value: Any) -> int | str:
     """A number of updates, or "auto"."""
     if isinstance(value, str) and value.lower() == "auto":
         return "auto"
-    return integer(1, or_else=', or "auto"')(value)  # type: ignore[no-any-return]
+    return integer(1, or_else=', or "auto"', most=MOST)(value)  # type: ignore[no-any-return]
 
 
 def on_max_lag(value: Any) -> str:

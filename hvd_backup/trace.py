@@ -23,6 +23,15 @@ VERSION = 1
 
 Line = dict[str, Any]
 
+# What a line must have besides: numbers, or lists of as many numbers as there are ranks concerned.
+_NUMBERS = {
+    "header": ("version", "size", "began_unix_s"),
+    "opened": ("required", "grace_us", "max_misses", "max_lag"),
+    "decision": ("opened_us", "required"),
+    "resumed": ("t_us",),
+}
+_LISTS = {"dropped": ("ranks", "arrivals_us"), "resumed": ("ranks",), "replaced": ("ranks",)}
+
 
 @dataclass
 class ChannelRecording:
@@ -159,11 +168,24 @@ def parse(text: str, source: str = "the trace") -> Recording:
 def _load(text: str, number: int, source: str) -> Line:
     try:
         line = json.loads(text)
-        if isinstance(line, dict) and "event" in line and (number == 1 or "channel" in line):
+        if isinstance(line, dict) and _is_whole(line):
             return line
     except ValueError:
         pass
     raise UsageError(f"{source} is not a trace of hvd_backup: line {number} is {text[:60]!r}")
+
+
+def _is_whole(line: Line) -> bool:
+    """Whether nothing is missing that its readers rely on."""
+    event = str(line.get("event"))
+    if event != "header":
+        if not isinstance(line.get("channel"), str) or not all(isinstance(line.get(k), int) for k in ("step", "scope")):
+            return False
+        if event == "opened" and line.get("kind") not in ("training", "collective"):
+            return False
+    if not all(isinstance(line.get(key), (int, float)) for key in _NUMBERS.get(event, ())):
+        return False
+    return all(isinstance(line.get(key), list) and line[key] for key in _LISTS.get(event, ()))
 
 
 def _begin(header: Line, source: str) -> Recording:

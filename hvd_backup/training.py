@@ -67,6 +67,10 @@ class Training(UpdateStream):
         self._leftovers = 0  # gradients dropped since another rank has ended the round
         place.register(self)
 
+    def begins_the_program(self) -> bool:
+        """Whether no update of any rank can have been made yet when this channel opens: the same on all ranks."""
+        return self.number == 0 and self._reopened == 0
+
     def gradient_begins(self) -> None:
         """The first gradient of a step is there. If it is the first of a round, a followed one may still begin now."""
         for observe in gradient_observers:

@@ -186,7 +186,10 @@ class UpdateStream:
 
     @samples.setter
     def samples(self, value: float) -> None:
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several elements
+            number = 0.0
         if not (math.isfinite(number) and number > 0):
             raise UsageError(f"samples={value!r}: expected a finite number above 0 (len(x), say)")
         if number != self._samples and self._framework.gradient_started():
@@ -235,6 +238,7 @@ class UpdateStream:
 
     def check_usable(self) -> None:
         """Raises unless the engine that this optimizer was made with runs, and its weights are those of all."""
+        self._place.check_process()
         if context.current() is not self._place:
             raise UsageError("this optimizer was made before shutdown(): make a new DistributedOptimizer after init()")
         if self._torn:

@@ -29,12 +29,11 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int = 0, process_se
     if not is_global(process_set):
         raise UsageError("process_set is not there yet: give init() a communicator of the ranks that work together")
     here = context.current()
-    if not 0 <= root_rank < here.size:
-        raise UsageError(f"root_rank={root_rank}: expected 0 to {here.size - 1}, there are {here.size} ranks")
+    root = here.root(root_rank)
     pairs = [(variable, np.array(variable.numpy(), order="C")) for variable in variables]
     told = ", ".join(f"{value.shape} {value.dtype.name}" for _, value in pairs)
-    here.full_collective(f"broadcast_variables({told}, root_rank={root_rank})")
+    here.full_collective(f"broadcast_variables({told}, root_rank={root})")
     for variable, value in pairs:
-        byte_collectives.broadcast(here.comm, bytes_of(value), root_rank)
-        if here.rank != root_rank:
+        byte_collectives.broadcast(here.comm, bytes_of(value), root)
+        if here.rank != root:
             variable.assign(value)

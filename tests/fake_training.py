@@ -106,6 +106,9 @@ class FakePlace:
         self.log: list[Any] = []
         self.opened_with: dict[str, Any] = {}
 
+    def check_process(self) -> None:
+        pass
+
     def register(self, participant: Any) -> None:
         self.log.append("register")
 

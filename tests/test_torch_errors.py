@@ -197,6 +197,7 @@ def test_layouts_that_differ_are_found_on_every_rank() -> None:
     odd = rank == 2
 
     def layers(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        torch.manual_seed(0)
         return torch.nn.Sequential(*[torch.nn.Linear(4, size, dtype=dtype) for size in sizes])
 
     def swapped() -> list[tuple[str, torch.Tensor]]:

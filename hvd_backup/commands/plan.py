@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from hvd_backup import planning, trace
+from hvd_backup.commands import count
 from hvd_backup.errors import UsageError
 
 __all__ = ["add_arguments", "run"]
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `hvd-backup plan`."""
     parser.add_argument("trace", help="file that a run has written with HVD_BACKUP_TRACE, best with backup_workers=0")
     parser.add_argument("--channel", help="which optimizer, as optimizer.0 (default: the one with the most updates)")
-    parser.add_argument("--last", type=int, metavar="K", help="only the newest K updates")
+    parser.add_argument("--last", type=count, metavar="K", help="only the newest K updates")
     parser.add_argument(
         "--noise-scale",
         type=float,
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gradient noise scale in batches of one rank, inf for updates needed ~ 1/N (default: as measured)",
     )
     parser.add_argument(
-        "--min-contributors", type=int, default=1, metavar="N", help="never wait for fewer ranks (default 1)"
+        "--min-contributors", type=count, default=1, metavar="N", help="never wait for fewer ranks (default 1)"
     )
     parser.add_argument("--picture", metavar="FILE", help="write a picture there, as PNG")
 

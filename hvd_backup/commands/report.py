@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from hvd_backup import arrivals, pictures, stragglers, trace
+from hvd_backup.commands import count
 from hvd_backup.errors import UsageError
 from hvd_backup.stragglers import StragglerReport
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `hvd-backup report`."""
     parser.add_argument("trace", help="file that a run has written with HVD_BACKUP_TRACE")
     parser.add_argument("--channel", help="which optimizer, as optimizer.0 (default: the one with the most updates)")
-    parser.add_argument("--last", type=int, metavar="K", help="only the newest K updates")
+    parser.add_argument("--last", type=count, metavar="K", help="only the newest K updates")
     parser.add_argument("--output", metavar="FOLDER", help="for the pictures and the page (default: beside the trace)")
     parser.add_argument("--no-pictures", action="store_true", help="only the table")
 

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from hvd_backup import arrivals, stragglers
+from hvd_backup.commands import count
 from hvd_backup.errors import UsageError
 from hvd_backup.stragglers import StragglerReport
 from hvd_backup.trace import ChannelRecording, Reader
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `hvd-backup top`."""
     parser.add_argument("trace", help="file that the running job writes: HVD_BACKUP_TRACE, on rank 0's machine")
     parser.add_argument("--channel", help="which optimizer, as optimizer.0 (default: the one with the most updates)")
-    parser.add_argument("--last", type=int, default=100, metavar="K", help="of the newest K updates (default 100)")
+    parser.add_argument("--last", type=count, default=100, metavar="K", help="of the newest K updates (default 100)")
     parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks (default 1)")
     parser.add_argument("--once", action="store_true", help="show it once, and end")
 

@@ -19,7 +19,7 @@ __all__ = ["translate"]
 
 # What our ops say, up to what TensorFlow adds; what our Python functions inside a graph have raised.
 _OPS = re.compile(r"hvd_backup: (.*?)(?=\s*\[\[\{\{node|\s*\[Op:|$)", re.DOTALL)
-_FUNCTIONS = re.compile(r"(CoreError|CoreUsageError|ConfigError|NotInitializedError): (.*?)\s+Traceback ", re.DOTALL)
+_FUNCTIONS = re.compile(r"(HvdBackupError|UsageError|ConfigError|NotInitializedError): (.*?)\s+Traceback ", re.DOTALL)
 
 
 @functools.cache
@@ -60,5 +60,5 @@ def _text_of(message: str) -> tuple[bool, str]:
     if found := _OPS.search(message):
         return False, found[1]
     if found := _FUNCTIONS.search(message):
-        return found[1] != "CoreError", found[2]
+        return found[1] != "HvdBackupError", found[2]
     return False, ""

@@ -103,7 +103,7 @@ def group_parameters(num_groups: int, groups: Any, named: list[tuple[str, torch.
             groups = num_groups
     if groups is None:
         return None
-    if not (isinstance(groups, list) or groups > 0):
+    if not isinstance(groups, list) and (isinstance(groups, bool) or not isinstance(groups, int) or groups <= 0):
         raise ValueError("groups should be a non-negative integer or a list of list of torch.Tensor.")
     if not isinstance(groups, list):
         size, longer = divmod(len(named), groups)
@@ -122,7 +122,10 @@ def group_parameters(num_groups: int, groups: Any, named: list[tuple[str, torch.
 
 def scales(op: Any, gradient_predivide_factor: float, size: int) -> tuple[float, float]:
     """The factors before and after the mean."""
-    factor = float(gradient_predivide_factor)
+    try:
+        factor = float(gradient_predivide_factor)
+    except (TypeError, ValueError):
+        factor = 0.0
     if not 0 < factor < float("inf"):
         raise ConfigError(f"gradient_predivide_factor={gradient_predivide_factor!r}: expected a finite number above 0")
     if op == ReduceOp.SUM:
@@ -148,8 +151,8 @@ def name_parameters(
             for j, parameter in enumerate(group["params"])
         ]
     else:
-        given = list(named_parameters)
-    if any(not isinstance(pair, tuple) for pair in given):
+        given = list(named_parameters) if isinstance(named_parameters, Iterable) else [named_parameters]
+    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in given):
         raise ValueError(
             "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
             "model.named_parameters()."

@@ -13,10 +13,10 @@ import torch
 
 from hvd_backup import byte_collectives, context
 from hvd_backup.errors import UsageError
-from hvd_backup.first_n import Handle, ReduceOp
+from hvd_backup.first_n import Handle, ReduceOp, checked_handle
 from hvd_backup.torch.compression import Compression, NoneCompressor
 from hvd_backup.torch.first_n import start
-from hvd_backup.torch.memory import Done, bytes_of, contiguous, root_of, signature_of
+from hvd_backup.torch.memory import Done, bytes_of, contiguous, signature_of
 
 __all__ = [
     "HANDLES",
@@ -133,7 +133,7 @@ def broadcast_(tensor: torch.Tensor, root_rank: int, name: str | None = None, pr
     """`broadcast` in place; returns `tensor`."""
     _no_process_set(process_set)
     here = context.current()
-    root = root_of(root_rank, here.size)
+    root = here.root(root_rank)
     here.full_collective(f"broadcast({signature_of(tensor)}, root_rank={root}, name={name!r})")
     with torch.no_grad():
         whole = contiguous("broadcast", tensor)
@@ -155,12 +155,12 @@ def broadcast_async_(tensor: torch.Tensor, root_rank: int, name: str | None = No
 
 def synchronize(handle: Handle | Done) -> Any:
     """Waits for a collective that was started, and gives its tensor (or `FirstN`). May be called again."""
-    return handle.wait()
+    return checked_handle("synchronize", handle).wait()
 
 
 def poll(handle: Handle | Done) -> bool:
     """Whether `synchronize` would return at once."""
-    return handle.poll()
+    return bool(checked_handle("poll", handle).poll())
 
 
 def _apply(function: Any, *arguments: Any) -> Any:  # torch has no annotation for Function.apply

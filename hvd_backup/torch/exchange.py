@@ -23,6 +23,7 @@ from hvd_backup.errors import UsageError
 from hvd_backup.policy import Policy
 from hvd_backup.torch import hyperparameters
 from hvd_backup.torch.buckets import Buckets, dense_strides, gradients_kept
+from hvd_backup.torch.memory import checksum_of
 from hvd_backup.torch.scaling import DrivenScaler
 from hvd_backup.training import Training
 
@@ -89,6 +90,7 @@ class GradientExchange:
         self._parameters = [parameter for _, parameter in named]
         self._optimizer: Appliable = weakref.proxy(optimizer)
         self._buckets: Buckets | None = None
+        self._opened_as: list[tuple[torch.dtype, torch.Size]] = []
         self._first_order: list[int] = []
         self._sent: hyperparameters.Hyperparameters = []
         self._loaded = False
@@ -196,6 +198,7 @@ class GradientExchange:
 
     def _pack(self, buckets: Buckets, index: int) -> None:
         """Puts a gradient into its bucket; a complete bucket goes out."""
+        self._check_unchanged(index)
         number = buckets.pack(index, show=self._options.bucket_views)
         self._packed[index] = True
         if number is not None:
@@ -226,6 +229,21 @@ class GradientExchange:
                     "GradScaler over with optimizer.register_scaler(scaler); "
                     "register your own gradient hooks before making the DistributedOptimizer"
                 )
+
+    def _check_unchanged(self, index: int) -> None:
+        """The buckets are those of the parameters as they were when training began."""
+        parameter, (dtype, shape) = self._parameters[index], self._opened_as[index]
+        if parameter.dtype is dtype and parameter.shape == shape:
+            return
+        was, now = (
+            (f"dtype {str(dtype).removeprefix('torch.')}", f"dtype {str(parameter.dtype).removeprefix('torch.')}")
+            if parameter.dtype is not dtype
+            else (f"shape {tuple(shape)}", f"shape {tuple(parameter.shape)}")
+        )
+        raise UsageError(
+            f"parameter {self._names[index]} has {now} now, but had {was} when training began: make a new "
+            "DistributedOptimizer, on all ranks, after you have changed the model"
+        )
 
     def _check_all_known(self) -> None:
         """A gradient that is not exchanged would make the weights of the ranks differ, silently."""
@@ -276,6 +294,7 @@ class GradientExchange:
             self.training.hold()
         self.training.set_layout(buckets.layout(), buckets.result_addresses(), buckets)
         self._buckets = buckets
+        self._opened_as = [(parameter.dtype, parameter.shape) for parameter in self._parameters]
 
     def gradient_started(self) -> bool:
         """See Framework."""
@@ -412,6 +431,18 @@ class GradientExchange:
         if self._options.bucket_views and self._buckets is not None:
             self._buckets.show_zeros()
 
+    def _beginning(self) -> list[str]:
+        """What nobody would find out later: every rank would train a model of its own, or at a rate of its own.
+
+        Of the first optimizer. To another one a rank that is late may come when the others have gone on. And with
+        backup workers hyperparameters travel with each update.
+        """
+        told = "(alike after hvd.broadcast_parameters(model.state_dict(), 0))"
+        lines = [f"weights with checksum {checksum_of(self._parameters)} {told}"]
+        if self.training.backup_workers == 0:
+            lines.append(f"hyperparameters {hyperparameters.snapshot(self._optimizer.param_groups)}")
+        return lines
+
     def _description(self) -> list[str]:
         lines = [*self._options.description, f"gradient scaler: {'registered' if self._scaler is not None else 'none'}"]
         for name, parameter in zip(self._names, self._parameters, strict=True):
@@ -419,4 +450,4 @@ class GradientExchange:
             strides = dense_strides(parameter)
             contiguous = torch.empty(parameter.shape, device="meta").stride()
             lines.append(line if strides == contiguous else f"{line} strides {strides}")
-        return lines
+        return lines + (self._beginning() if self.training.begins_the_program() else [])

@@ -11,7 +11,7 @@ from hvd_backup import byte_collectives, context, mpi
 from hvd_backup.errors import UsageError
 from hvd_backup.torch import hyperparameters
 from hvd_backup.torch.horovod_names import HOROVOD, is_global
-from hvd_backup.torch.memory import bytes_of, contiguous, root_of, signature_of
+from hvd_backup.torch.memory import bytes_of, contiguous, signature_of
 from hvd_backup.torch.optimizer import DistributedStep
 
 __all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]
@@ -40,7 +40,7 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Any] | 
         if tensor is not None:
             tensors.append((name, tensor))
     here = context.current()
-    root = root_of(root_rank, here.size)
+    root = here.root(root_rank)
     told = ", ".join(f"{name} {signature_of(tensor)}" for name, tensor in tensors)
     here.full_collective(f"broadcast_parameters({told}, root_rank={root})")
     _broadcast_in_place(here, [tensor for _, tensor in tensors], root)
@@ -55,12 +55,15 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
         root_rank: whose state it is to be.
         model: tells which parameters have sparse gradients.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"broadcast_optimizer_state({type(optimizer).__name__}): expected a torch.optim.Optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("cannot broadcast torch.optim.LBFGS state")
     here = context.current()
-    root = root_of(root_rank, here.size)
-    here.full_collective(f"broadcast_optimizer_state({type(optimizer).__name__}, root_rank={root})")
+    root = here.root(root_rank)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    told = ", ".join(signature_of(parameter) for parameter in parameters)
+    here.full_collective(f"broadcast_optimizer_state({type(optimizer).__name__} of {told}, root_rank={root})")
     fresh, values = byte_collectives.broadcast_object(
         here.comm, (not optimizer.state, hyperparameters.snapshot(optimizer.param_groups)), root
     )
@@ -70,8 +73,6 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
         _step_with_zeros(optimizer, parameters, model)
     outline = byte_collectives.broadcast_object(here.comm, _outline(optimizer, parameters), root)
     state, values, global_step = outline
-    if len(state) != len(parameters):
-        raise UsageError(f"the optimizer has {len(parameters)} parameters, but on rank {root} it has {len(state)}")
     for parameter, entries in zip(parameters, state, strict=True):
         if here.rank != root:
             _shape_state(optimizer, parameter, entries)

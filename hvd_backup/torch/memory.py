@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import operator
+import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from hvd_backup.errors import UsageError
 
-__all__ = ["Done", "bytes_of", "contiguous", "dtype_name", "root_of", "signature_of"]
+__all__ = ["Done", "bytes_of", "checksum_of", "contiguous", "dtype_name", "signature_of"]
 
 
 class Done:
@@ -54,17 +55,18 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(view.numpy())  # type: ignore[arg-type]  # NumPy's stubs know no Buffer
 
 
+def checksum_of(tensors: Iterable[torch.Tensor]) -> str:
+    """Equal tensors, bit for bit, have equal checksums."""
+    checksum = 0
+    for tensor in tensors:
+        data = tensor.detach().cpu().contiguous()
+        checksum = zlib.crc32(bytes_of(data), checksum) if data.numel() else checksum
+    return f"{checksum:08x}"
+
+
 def signature_of(tensor: torch.Tensor, first: str = "") -> str:
     """dtype and shape as text, for comparison between ranks. first: in place of the first dimension."""
     shape = [str(length) for length in tensor.shape]
     if first:
         shape[0] = first
     return f"{dtype_name(tensor)}[{', '.join(shape)}]"
-
-
-def root_of(root_rank: int, size: int) -> int:
-    """`root_rank`, checked."""
-    root = operator.index(root_rank)
-    if not 0 <= root < size:
-        raise UsageError(f"root_rank={root_rank}: expected 0 to {size - 1}, there are {size} ranks")
-    return root

@@ -18,6 +18,7 @@ from hvd_backup.applied import AppliedUpdate
 from hvd_backup.errors import UsageError
 from hvd_backup.torch import checks
 from hvd_backup.torch.exchange import GradientExchange
+from hvd_backup.torch.memory import checksum_of
 from hvd_backup.torch.schedulers import take_over
 from hvd_backup.training import Training
 
@@ -126,6 +127,8 @@ class DistributedStep(torch.optim.Optimizer):
             UsageError: between backward() and step(), inside a followed loop, or a parameter that cannot be used.
         """
         exchange = self._exchange
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise UsageError(f'add_param_group({type(param_group).__name__}): expected a dict with "params"')
         if exchange.gradient_started():
             raise UsageError("add_param_group() between backward() and step(): call it after step()")
         if self.training.in_followed_round():
@@ -137,7 +140,9 @@ class DistributedStep(torch.optim.Optimizer):
         for name, parameter in named:
             checks.check_parameter(name, parameter)
         shapes = [tuple(parameter.shape) for parameter in given]
-        context.current().full_collective(f"add_param_group({shapes})")
+        context.current().full_collective(
+            f"add_param_group(parameters of shapes {shapes}, with checksum {checksum_of(given)})"
+        )
         super().add_param_group({**param_group, "params": given})
         if named:
             exchange.extend(named)
@@ -215,6 +220,8 @@ class DistributedStep(torch.optim.Optimizer):
         """
         if when not in ("before", "after"):
             raise UsageError(f'on_update(when={when!r}): expected "before" or "after"')
+        if not callable(fn):
+            raise UsageError(f"on_update({type(fn).__name__}): expected a function of one argument, the AppliedUpdate")
         functions = self.training.before_update if when == "before" else self.training.after_update
         functions.append(fn)
 
@@ -248,6 +255,12 @@ class DistributedStep(torch.optim.Optimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         self.__dict__["_step_supports_amp_scaling"] = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """It belongs to this process and its engine."""
+        raise UsageError(
+            "a DistributedOptimizer cannot be copied or pickled: use state_dict(), and load_state_dict() of the other"
+        )
 
     def _itself(self) -> DistributedStep:
         """For those that hold a proxy."""

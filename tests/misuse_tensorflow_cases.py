@@ -1,0 +1,1 @@
+"""Misuses of TensorFlow."""

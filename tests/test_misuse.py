@@ -1,0 +1,40 @@
+"""Every misuse of docs/misuse.md gives what the page says, and the page says what the tests find."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import all_misuses, misuse  # noqa: F401
+from tests.launch import run_ranks
+from tests.misuse import COMMAND, MISUSES, Seen, complaints
+
+PAGE = Path(__file__).parent.parent / "docs" / "misuse.md"
+
+
+def run_group(group: str) -> dict[str, Seen]:
+    """In each rank."""
+    if group == "mpi":
+        from tests.misuse_mpi_cases import clean_slate as around
+    else:
+        from tests.misuse_torch_cases import program as around
+    return misuse.run_all(group, around)
+
+
+@pytest.mark.parametrize("group", ["mpi", "torch"])
+def test_what_one_gets_on_every_rank(group: str) -> None:
+    by_rank = run_ranks(3, run_group, [group], timeout_s=120)
+    wrong = {each.name: complaints(each, [seen[each.name] for seen in by_rank]) for each in MISUSES[group]}
+    assert not any(wrong.values()), "\n".join(f"{name}: {line}" for name, lines in wrong.items() for line in lines)
+
+
+def test_what_one_gets_on_the_command_line() -> None:
+    wrong = []
+    for each in MISUSES["commands"]:
+        scene = misuse.Scene()
+        each.run(scene)
+        wrong += [f"{each.name}: {line}" for line in complaints(each, [scene.seen])]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text() == misuse.page(), f"docs/misuse.md is out of date: {COMMAND}"
