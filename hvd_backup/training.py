@@ -267,8 +267,8 @@ class Training(UpdateStream):
             warnings.warn(
                 f"rank {self._place.rank}: {self._leftovers} gradients were dropped, because another rank had left the "
                 f"training loop before and entered {what}, which ended the round for all. With backup workers or "
-                "unequal data, ranks need unequal numbers of iterations; `for batch in hvd.follow(loader, optimizer)` "
-                "gives each rank the number that it needs",
+                "unequal data, ranks need unequal numbers of iterations; `for batch in hvd.follow(loader, optimizer)`, "
+                "or hvd.callbacks.FollowCallback() in Keras's fit(), gives each rank the number that it needs",
                 stacklevel=5,
             )
         self._leftovers = 0

@@ -24,7 +24,7 @@ import keras
 import numpy as np
 
 import hvd_backup.keras as hvd
-from hvd_backup import context, faults
+from hvd_backup import context, faults, training
 
 BATCH = 4  # samples of each rank in a step
 STEPS = 20  # of an epoch
@@ -255,6 +255,18 @@ def uneven_data() -> dict[str, Any]:
 
 
 @case
+def uneven_data_without_callbacks() -> dict[str, Any]:
+    """Rank 0 has half of the batches. Weights are looked at without any collective in between."""
+    training._warned_about_leftovers = False  # by a case before
+    trained = model(hvd.DistributedOptimizer(OPTIMIZERS["adam"](), backup_workers=1))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trained.fit(shard(STEPS // 2 if hvd.rank() == 0 else STEPS), verbose=0)
+    said = [str(each.message) for each in told if "rank " in str(each.message)]
+    return {"digest": digest(trained), "step": trained.optimizer.global_step, "said": said}
+
+
+@case
 def fit_that_raises() -> dict[str, Any]:
     """Rank 2 fails in the middle of an epoch, in a callback or in its data; then all go on together."""
 
@@ -394,12 +406,38 @@ def other_variables_than_before() -> None:
     optimizer.apply([keras.ops.ones([2])], [a])
 
 
+@case
+def variables_that_differ_in_fit() -> None:
+    trained = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4 if hvd.rank() == 2 else 3)])
+    trained.compile(optimizer=hvd.DistributedOptimizer(keras.optimizers.SGD()), loss=lambda y, x: keras.ops.mean(x))
+    trained.fit(shard(), verbose=0)
+
+
+@case
 def variables_that_differ_between_ranks() -> None:
-    """Last: the channel is of no use any more on any rank."""
     length = 3 if hvd.rank() == 2 else 2
     variable = keras.Variable(np.ones(length, np.float32), name="w")
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
     optimizer.apply([keras.ops.ones([length])], [variable])
 
 
-LAST = {"variables_that_differ_between_ranks": variables_that_differ_between_ranks}
+def after_shutdown() -> list[str]:
+    """What is said to a fit() that went well before, to another one, and to the callbacks."""
+    trained = model(hvd.DistributedOptimizer(keras.optimizers.SGD()))
+    trained.fit(shard(2), verbose=0)
+    hvd.shutdown()
+    told = []
+    for call in (
+        lambda: trained.fit(shard(2), verbose=0),
+        lambda: trained.fit(shard(2), verbose=0, callbacks=[hvd.callbacks.FollowCallback()]),
+        lambda: model("sgd").fit(shard(2), verbose=0, callbacks=[hvd.callbacks.MetricAverageCallback()]),
+        lambda: hvd.DistributedOptimizer(keras.optimizers.SGD()),
+    ):
+        try:
+            call()
+        except hvd.UsageError as error:
+            told.append(str(error))
+    return told
+
+
+LAST = {"after_shutdown": after_shutdown}

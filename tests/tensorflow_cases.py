@@ -228,15 +228,31 @@ def another_shape_than_traced() -> dict[str, Any]:
 @case
 def before_init() -> str:
     code = """
-import keras, tensorflow as tf, hvd_backup.keras, hvd_backup.tensorflow as hvd
+import keras, tensorflow as tf
+version, tf.__version__ = tf.__version__, "0.99.0"
+try:
+    import hvd_backup.keras
+except ImportError as error:
+    print(error)
+tf.__version__ = version
+import hvd_backup.keras, hvd_backup.tensorflow as hvd
+
+def fit(callbacks):
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse")
+    model.fit(tf.ones([1, 2]), tf.ones([1, 1]), verbose=0, callbacks=callbacks)
+
 for call in (
-    lambda: hvd.allreduce(tf.ones([2])),
+    lambda: hvd.allreduce([2.0]),
     lambda: hvd.DistributedGradientTape(tf.GradientTape()),
     lambda: hvd_backup.keras.DistributedOptimizer(keras.optimizers.SGD()),
+    tf.function(lambda: hvd.allreduce([2.0])),
+    tf.function(hvd.size_op),
+    lambda: fit([hvd_backup.keras.callbacks.MetricAverageCallback()]),
 ):
     try:
         call()
-    except hvd.NotInitializedError as error:
+    except hvd.UsageError as error:
         print(error)
 """
     if hvd.rank() > 0:

@@ -24,6 +24,7 @@ FOLLOWED = [
     "delayed_with_a_rate_that_is_set_in_every_step",
 ]
 FOLLOWED_IN_GRAPHS = ["delayed_adam_several_steps_in_one_call", "delayed_eagerly"]
+TAPED_LOOPS = [f"tape_{where}_with_{name}" for where in ("in_a_function", "eagerly") for name in ("momentum", "adam")]
 OWN_LOOPS = ["own_loop_in_a_function", "own_loop_eagerly", "own_loop_with_an_embedding"]
 
 Results = list[dict[str, Any]]
@@ -102,6 +103,38 @@ def test_a_loop_of_ones_own_over_follow_with_a_tape(tensorflow_results: Results,
     followed_loop(of(tensorflow_results, name))
 
 
+@pytest.mark.parametrize("name", TAPED_LOOPS)
+def test_i4_a_tape_with_its_optimizer_does_not_wait_for_a_slow_rank(tensorflow_results: Results, name: str) -> None:
+    values = of(tensorflow_results, name)
+    followed_loop(values)
+    slow = values[3]
+    assert slow["computed"] < EPOCH / 2, "it has worked through old updates"
+    assert slow["counters"]["contributed"] + slow["counters"]["caught_up"] == 2 * EPOCH
+    in_time = [update for update in values[0]["seen"] if 3 not in update[1]]
+    assert len(in_time) > EPOCH, "the others have waited for the slow rank"
+    for value in values:  # what gradient() returns is the mean of the update that is the newest afterwards
+        assert all(norm == values[0]["norms"].get(step, norm) > 0 for step, norm in value["norms"].items())
+
+
+def test_i6_a_tape_with_its_optimizer_when_the_round_is_over(tensorflow_results: Results) -> None:
+    values = of(tensorflow_results, "tape_after_the_end_of_the_round")
+    assert len(digests(values)) == 1
+    assert len({value["step"] for value in values}) == 1
+    for value in values[1:]:
+        assert len([norm for norm in value["norms"] if norm > 0]) <= value["step"] < 9
+        assert value["norms"][-1] == 0
+
+
+def test_a_tape_with_its_optimizer_says_what_it_cannot_do(tensorflow_results: Results) -> None:
+    for told in of(tensorflow_results, "tape_misused"):
+        eagerly, in_a_function, plain, both, twice = told
+        assert "give the optimizer clipnorm, clipvalue or global_clipnorm" in eagerly
+        assert "give the optimizer clipnorm, clipvalue or global_clipnorm" in in_a_function
+        assert "optimizer=SGD): expected an optimizer made by hvd.DistributedOptimizer" in plain
+        assert "hvd.DistributedOptimizer(optimizer, op=..., backup_workers=...)" in both
+        assert "give the tape the optimizer" in twice
+
+
 def test_a_loop_of_ones_own_over_follow_with_backward(keras_torch_results: Results) -> None:
     values = of(keras_torch_results, "own_loop_eagerly")
     followed_loop(values)
@@ -127,6 +160,17 @@ def test_uneven_data(keras_results: Results) -> None:
     values = of(keras_results, "uneven_data")
     assert len(digests(values)) == 1
     assert {value["step"] for value in values} == {2 * EPOCH}
+
+
+def test_the_end_of_fit_ends_the_round_without_callbacks(keras_results: Results) -> None:
+    """The data of rank 0 ends first: what the others have left is dropped, and a warning says what to do."""
+    values = of(keras_results, "uneven_data_without_callbacks")
+    assert len(digests(values)) == 1
+    (step,) = {value["step"] for value in values}
+    assert EPOCH / 2 <= step < EPOCH
+    assert not values[0]["said"]
+    assert all("gradients were dropped" in said and "FollowCallback" in said for v in values[1:] for said in v["said"])
+    assert all(value["said"] for value in values[1:])
 
 
 @pytest.mark.parametrize("where", ["callback 0", "callback 1", "data 0", "data 1"])
@@ -173,6 +217,7 @@ def test_pytorch_and_tensorflow_share_one_engine(keras_results: Results) -> None
         ("wrapped_twice", "wrap a plain one, once"),
         ("no_optimizer", "expected a keras.optimizers.Optimizer"),
         ("variables_that_differ_between_ranks", "variable 0: w (2,) float32"),
+        ("variables_that_differ_in_fit", "variable 0: kernel (6, 3) float32"),
     ],
 )
 def test_errors_say_what_to_do_on_every_rank(keras_results: Results, case: str, said: str) -> None:
@@ -181,11 +226,23 @@ def test_errors_say_what_to_do_on_every_rank(keras_results: Results, case: str, 
 
 
 @pytest.mark.parametrize(
-    ("case", "said"), [("jit_compile", "jit_compile=False"), ("sparse_gradient", "sparse_as_dense=True")]
+    ("case", "said"),
+    [
+        ("jit_compile", "jit_compile=False"),
+        ("jit_compiled_step", "without jit_compile=True"),
+        ("sparse_gradient", "sparse_as_dense=True"),
+        ("unknown_shape_in_fit", "shape (None, 6) when the function is traced"),
+        ("variables_that_differ_in_a_function", "variable 0: w:0 (2,) float32"),
+    ],
 )
 def test_errors_with_tensorflow(tensorflow_results: Results, case: str, said: str) -> None:
     for told in of(tensorflow_results, case):
         assert isinstance(told, str) and said in told, told
+
+
+def test_use_after_shutdown(keras_results: Results) -> None:
+    for told in of(keras_results, "after_shutdown"):
+        assert len(told) == 4 and all("shutdown()" in each and "init()" in each for each in told), told
 
 
 def test_errors_with_pytorch(keras_torch_results: Results) -> None:

@@ -41,6 +41,10 @@ void check_message(const Message& message, int size, const ChannelFacts& facts) 
           }
         } else if constexpr (std::is_same_v<Body, Sync>) {
           expect(facts.first_known, body.have, facts.open_step, "the number of updates");
+        } else if constexpr (std::is_same_v<Body, Progress>) {
+          expect(0, body.unsubmitted, most_buckets, "the number of buckets");
+          for (const int rank : body.contributions_missing) expect(0, rank, size - 1, "a rank");
+          for (const int rank : body.results_missing) expect(0, rank, size - 1, "a rank");
         } else if constexpr (std::is_same_v<Body, BeginRound>) {
           expect(-1, body.length, most_steps, "the length of the round");
           expect(0, body.align_every, most_steps, "align_every");

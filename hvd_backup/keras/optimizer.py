@@ -42,10 +42,15 @@ class DistributedApply:
         if trainable_variables is None and not this.built:
             raise UsageError("apply(gradients) before the optimizer was built: give the variables, too")
         variables = list(trainable_variables or this._trainable_variables)
+        self._updates_of(variables).exchange(list(grads), variables)
+
+    def _updates_of(self, variables: list[Any]) -> KerasUpdates:
+        """What exchanges gradients of these variables, with which the optimizer is built if it was not."""
+        this: Any = self
         if not this.built:
             with keras.name_scope(this.name):
                 this.build(variables)
-        self._exchange.exchange(list(grads), variables)
+        return self._exchange
 
     def finalize_variable_values(self, var_list: Any) -> None:
         """Called at the end of fit(): the ranks end it at the same update, with equal weights."""

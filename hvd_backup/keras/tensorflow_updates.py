@@ -4,7 +4,8 @@
 
 The loop is part of the graph: a late rank applies what it has missed within the same call, each update with the
 optimizer's own rules and the learning rate that came with it. All ranks apply updates by the same loop, also between
-steps (`take_updates`), so that TensorFlow compiles it alike and the weights stay equal bit for bit.
+steps (`take_updates`), so that TensorFlow compiles it alike and the weights stay equal bit for bit. That is why a
+DistributedGradientTape which is given the optimizer leaves applying to it, too (`apply_and_show`).
 
 What it is not: the optimizer's face (hvd_backup/keras/optimizer.py), rounds (hvd_backup/training.py).
 """
@@ -24,6 +25,7 @@ from hvd_backup.context import Context
 from hvd_backup.errors import UsageError
 from hvd_backup.keras.updates import Appliable, KerasUpdates, UpdateOptions, name_of
 from hvd_backup.policy import Policy
+from hvd_backup.tensorflow.gradient_tape import AVERAGED
 from hvd_backup.tensorflow.layout import Gradient, Layout
 from hvd_backup.tensorflow.library import ops, refuse_xla
 from hvd_backup.tensorflow.streams import Stream
@@ -32,6 +34,7 @@ from hvd_backup.tensorflow.training import GraphTraining
 __all__ = ["GraphUpdates"]
 
 MISSED, OWN = 1, 2  # kinds of an update, as csrc/bindings/tensorflow_ops.cpp has them
+APPLIED_TO = "_hvd_backup_applied_to"  # of a gradient that apply_and_show() has returned: the id of its variable
 
 
 class GraphUpdates(KerasUpdates):
@@ -45,18 +48,55 @@ class GraphUpdates(KerasUpdates):
         self._place = place
         self._scalars: dict[str, Any] = {}  # for the next gradients
         self._traced = False
+        self._by_tape = False
         self._layout: Layout | None = None
         self._stream: Stream | None = None
         self._step_function = tf.function(self._trace_step, autograph=False)
-        self._take_all = tf.function(lambda: self._take(False), autograph=False)
-        self._take_just_one = tf.function(lambda: self._take(True), autograph=False)
+        self._take_function = tf.function(self._take, autograph=False)
 
-    def exchange(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-        """See KerasUpdates; in a graph or eagerly."""
+    @tf.autograph.experimental.do_not_convert
+    def exchange(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Any:
+        """See KerasUpdates; in a graph or eagerly. What comes from apply_and_show() has been applied already."""
         refuse_xla()
+        if self._by_tape:
+            self._check_applied(gradients, variables)
+            return None
+        if self.training.backup_workers > 0 and any(hasattr(gradient, AVERAGED) for gradient in gradients):
+            raise UsageError(
+                "gradients of a DistributedGradientTape are averaged already, over another set of ranks than this "
+                "DistributedOptimizer would: give the tape the optimizer, DistributedGradientTape(tape, "
+                "optimizer=optimizer), or leave the tape plain"
+            )
         self._traced = True
-        super().exchange(gradients, variables)
+        return super().exchange(gradients, variables)
 
+    @tf.autograph.experimental.do_not_convert
+    def apply_and_show(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """As exchange(), for a tape. From then on exchange() takes nothing but what this returns.
+
+        Returns:
+            Of each gradient the mean in the newest update applied; zeros when the round is over and there was none.
+        """
+        refuse_xla()
+        self._traced = self._by_tape = True
+        means: list[Any] = super().exchange(gradients, variables)
+        for mean, variable in zip(means, self._variables, strict=True):
+            setattr(mean, APPLIED_TO, id(variable))
+        return means
+
+    def _check_applied(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Raises unless these are what apply_and_show() has returned for these variables."""
+        pairs = [(g, v) for g, v in zip(gradients, variables, strict=True) if g is not None]
+        if len(pairs) != len(self._variables) or any(getattr(g, APPLIED_TO, None) != id(v) for g, v in pairs):
+            raise UsageError(
+                "apply() of an optimizer that was given to DistributedGradientTape(tape, optimizer=...), with other "
+                "gradients than tape.gradient() has returned in the same function, as they were. It has applied those "
+                "to the weights, on all ranks alike, so what is made of them afterwards is lost. To clip, give the "
+                "optimizer clipnorm, clipvalue or global_clipnorm; for anything else leave the tape as it is: "
+                "apply() then averages what it is given"
+            )
+
+    @tf.autograph.experimental.do_not_convert
     def metrics(self, scalars: dict[str, Any]) -> None:
         """See KerasUpdates."""
         self.training.metrics(dict.fromkeys(scalars, math.nan))  # the names; values are symbols of a graph, maybe
@@ -117,7 +157,7 @@ class GraphUpdates(KerasUpdates):
         self._variables, self._layout, self._stream = variables, layout, stream
         self.training.attach(stream)
 
-    def _step(self, sent: list[Any]) -> None:
+    def _step(self, sent: list[Any]) -> Any:
         scalars, self._scalars = self._scalars, {}
         if not tf.executing_eagerly() and any(
             tf.is_tensor(each) and hasattr(each, "numpy") for each in scalars.values()
@@ -126,17 +166,17 @@ class GraphUpdates(KerasUpdates):
                 "metrics() was called eagerly, but apply() within a tf.function, which would send these numbers for "
                 "ever: call it in that function (in train_step(), before apply())"
             )
-        self._step_function(sent, scalars)
+        return self._step_function(sent, scalars, self._by_tape)
 
     # --- GraphFramework ---
 
     def take_updates(self, one: bool) -> None:
         """See GraphFramework."""
-        (self._take_just_one if one else self._take_all)()
+        self._take_function(one)
 
     # --- inside ---
 
-    def _trace_step(self, sent: list[Any], scalars: dict[str, Any]) -> None:
+    def _trace_step(self, sent: list[Any], scalars: dict[str, Any], show: bool) -> list[Any]:
         assert self._layout is not None and self._stream is not None
         with tf.control_dependencies(self._delay()):
             rate = self._learning_rate()
@@ -149,17 +189,24 @@ class GraphUpdates(KerasUpdates):
             with tf.control_dependencies(submitted[-1:]):
                 submitted.append(ops().hvd_backup_submit(values, tensors, stream=self._stream.number, bucket=number))
         with tf.control_dependencies([operation for operation in submitted if operation is not None]):
-            self._take(False)
+            return self._take(False, show)
 
-    def _take(self, one: bool) -> None:
-        def missed(_: Any) -> tuple[Any]:
-            again = self._take_one()
-            return (tf.logical_and(again, not one),)
+    def _take(self, one: bool, show: bool = False) -> list[Any]:
+        """Applies updates until there are no more; one: just one; show: returns the mean gradients of the last one."""
+        assert self._layout is not None
 
-        tf.while_loop(lambda going: going, missed, (tf.constant(True),), parallel_iterations=1)
+        def missed(_: Any, *shown: Any) -> list[Any]:
+            again, *means = self._take_one(shown)
+            return [tf.logical_and(again, not one), *means]
 
-    def _take_one(self) -> Any:
-        """Takes the next update and applies it; whether there may be more."""
+        none = [tf.zeros(gradient.shape, gradient.dtype) for gradient in self._layout.gradients if show]
+        shown = [self._restore(zeros, variable) for zeros, variable in zip(none, self._variables, strict=False)]
+        return list(
+            tf.while_loop(lambda going, *_: going, missed, [tf.constant(True), *shown], parallel_iterations=1)[1:]
+        )
+
+    def _take_one(self, shown: Sequence[Any]) -> list[Any]:
+        """Takes the next update and applies it; whether there may be more, and its means in place of `shown`."""
         assert self._layout is not None and self._stream is not None
         order = [index for bucket in self._layout.buckets for index in bucket]
         gradients = [self._layout.gradients[index] for index in order]
@@ -171,16 +218,16 @@ class GraphUpdates(KerasUpdates):
         mean_of = dict(zip(order, means, strict=True))
         restored = [self._restore(mean_of[i], variable) for i, variable in enumerate(self._variables)]
 
-        def apply() -> Any:
+        def apply() -> list[Any]:
             rate = self._learning_rate()
             if rate is not None:
                 told = tf.cast(values[0], rate.dtype)
                 self._optimizer._learning_rate_variable().assign(tf.where(tf.math.is_nan(told), rate, told))
             self._optimizer._apply_update(restored, self._variables)
             with tf.control_dependencies(self._functions()):
-                return tf.equal(kind, MISSED)
+                return [tf.equal(kind, MISSED), *(restored if shown else ())]
 
-        return tf.cond(kind > 0, apply, lambda: tf.constant(False))
+        return list(tf.cond(kind > 0, apply, lambda: [tf.constant(False), *shown]))
 
     def _functions(self) -> list[Any]:
         """The functions of on_update, after all that this graph has done so far."""

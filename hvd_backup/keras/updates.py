@@ -65,12 +65,15 @@ class KerasUpdates(ABC):
         self._optimizer = optimizer
         self._variables: list[Any] = []
 
-    def exchange(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    def exchange(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Any:
         """Sends the gradients, and applies this update and those missed before.
 
         Args:
             gradients: one for each variable, or None where there is none.
             variables: the same, in the same order, at every call and on every rank.
+
+        Returns:
+            What the backend's `_step` does.
         """
         self.training.check_usable()
         pairs = [(g, v) for g, v in zip(gradients, variables, strict=True) if g is not None]
@@ -86,7 +89,7 @@ class KerasUpdates(ABC):
                 "every update has the same variables; use one DistributedOptimizer for each set of variables"
             )
         self.training.gradient_begins()
-        self._step(sent)
+        return self._step(sent)
 
     def metrics(self, scalars: dict[str, Any]) -> None:
         """Sends scalars along with the next gradients."""
@@ -144,7 +147,7 @@ class KerasUpdates(ABC):
         """Agrees with all ranks on what is sent, and notes `variables`."""
 
     @abstractmethod
-    def _step(self, sent: list[Any]) -> None:
+    def _step(self, sent: list[Any]) -> Any:
         """Sends, and applies all updates that come."""
 
 

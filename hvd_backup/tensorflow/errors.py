@@ -18,7 +18,7 @@ from hvd_backup.errors import HvdBackupError, UsageError
 __all__ = ["translate"]
 
 # What our ops say, up to what TensorFlow adds; what our Python functions inside a graph have raised.
-_OPS = re.compile(r"hvd_backup: (.*?)(?=\s*\[\[\{\{node|\s*\[Op:|$)", re.DOTALL)
+_OPS = re.compile(r"hvd_backup: (.*?)(?=\s*\[\[\{\{|\s*\[Op:|$)", re.DOTALL)
 _FUNCTIONS = re.compile(r"(HvdBackupError|UsageError|ConfigError|NotInitializedError): (.*?)\s+Traceback ", re.DOTALL)
 
 

@@ -1,6 +1,7 @@
 """The library with TensorFlow's ops, which is compiled against one version of TensorFlow and fits only that one.
 
-It is loaded when it is first needed, not at import. csrc/bindings/tensorflow_ops.cpp has the ops.
+Importing this module says so when they do not fit together; the library is loaded when it is first needed. Its source:
+csrc/bindings/tensorflow_ops.cpp.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from hvd_backup.errors import UsageError
 from hvd_backup.tensorflow.errors import translate
 
 __all__ = ["mismatch", "native", "ops", "refuse_xla"]
-
-translate()
 
 REMEDY = (
     "build hvd_backup again in this environment, in its source folder: "
@@ -42,21 +41,24 @@ def mismatch(folder: Path, version: str) -> str:
     return f"hvd_backup was built without TensorFlow, so its TensorFlow ops are not in {folder}: {REMEDY}"
 
 
+FOLDER = Path(str(_core.__file__)).parent / "tensorflow"
+if WHY_NOT := mismatch(FOLDER, tf.__version__):
+    raise ImportError(WHY_NOT)
+PATH = str(FOLDER / f"ops-{tf.__version__}.so")
+translate()
+
+
 @functools.cache
 def ops() -> Any:
-    """The ops as Python functions: hvd_backup_submit, hvd_backup_next_update, hvd_backup_first_n.
-
-    Raises:
-        ImportError: they are not there, or were built with another TensorFlow; says how to build them.
-    """
-    return tf.load_op_library(str(_path()))
+    """The ops as Python functions: hvd_backup_submit, hvd_backup_next_update, hvd_backup_first_n."""
+    return tf.load_op_library(PATH)
 
 
 @functools.cache
 def native() -> ctypes.CDLL:
     """The C functions of csrc/bindings/tensorflow_stream.cpp."""
     ops()
-    library = ctypes.CDLL(str(_path()))
+    library = ctypes.CDLL(PATH)
     pointers = ctypes.POINTER(ctypes.c_void_p)
     library.hvdb_tf_open.argtypes = [
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
@@ -93,10 +95,3 @@ def refuse_xla() -> None:
         raise UsageError(
             "a tf.distribute strategy with several replicas is at work: hvd_backup needs one process for each device"
         )
-
-
-def _path() -> Path:
-    folder = Path(str(_core.__file__)).parent / "tensorflow"
-    if told := mismatch(folder, tf.__version__):
-        raise ImportError(told)
-    return folder / f"ops-{tf.__version__}.so"

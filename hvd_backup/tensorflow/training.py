@@ -83,7 +83,7 @@ class GraphTraining(Training):
 
     @_plain_steps.setter
     def _plain_steps(self, value: bool) -> None:
-        self._settle()
+        self._settled["calls"] = self.step_calls
 
     @property
     def _leftovers(self) -> int:
@@ -92,17 +92,13 @@ class GraphTraining(Training):
 
     @_leftovers.setter
     def _leftovers(self, value: int) -> None:
-        self._settle()
-
-    def _settle(self) -> None:
-        told = self._account()
-        self._settled = {"calls": told["calls"], "leftovers": told["leftovers"]}
+        self._settled["leftovers"] = int(self._account()["leftovers"])
 
     def finish_round(self, wait: bool) -> bool:
         """See the base class."""
         over = super().finish_round(wait)
-        if over:
-            self._settle()
+        if over:  # what was dropped in a followed round is as it should be
+            self._plain_steps, self._leftovers = False, 0
         return over
 
     # --- samples, metrics and updates ---
