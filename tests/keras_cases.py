@@ -259,6 +259,8 @@ def uneven_data_without_callbacks() -> dict[str, Any]:
     """Rank 0 has half of the batches. Weights are looked at without any collective in between."""
     training._warned_about_leftovers = False  # by a case before
     trained = model(hvd.DistributedOptimizer(OPTIMIZERS["adam"](), backup_workers=1))
+    faults.inject(*faults.parse("rank=1-3,ms=30"))
+    trained.fit(shard(1), verbose=0)  # tracing takes ranks unequally long
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         trained.fit(shard(STEPS // 2 if hvd.rank() == 0 else STEPS), verbose=0)
