@@ -86,6 +86,10 @@ class Config:
         "", "file to which rank 0 writes who did what when, for chrome://tracing and Perfetto", values_of.path,
         horovod="HOROVOD_TIMELINE",
     )  # fmt: skip
+    stall_check: float = _option(
+        60.0, "after so many seconds without progress rank 0 says who waits for whom; 0: never", values_of.seconds,
+        horovod="HOROVOD_STALL_CHECK_TIME_SECONDS",
+    )  # fmt: skip
     delay: str = _option("", "artificial delays, such as `rank=3,ms=200,p=0.3` (hvd_backup.faults)", values_of.delay)
     horovod: str = _option(
         "auto",

@@ -106,7 +106,9 @@ class Context:
         cross.Free()
         local.Free()
         self.is_homogeneous = len(set(comm.allgather(self.local_size))) == 1
-        self.engine = _core.Engine.over_mpi(MPI._addressof(comm), config.trace, config.timeline)
+        self.engine = _core.Engine.over_mpi(
+            MPI._addressof(comm), config.trace, config.timeline, round(config.stall_check * 1e6)
+        )
         if recorded is not None:
             replay.instruct(self.engine, recorded)
         comm.Barrier()  # nobody opens a channel before rank 0 knows what to decide

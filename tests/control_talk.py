@@ -10,9 +10,9 @@ Said = list[tuple[int, dict[str, Any]]]
 class Talk:
     """A coordinator, and ranks that say one thing at a time. `now` is the clock, in microseconds."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, stall_check_us: int = 0) -> None:
         self.size = size
-        self.coordinator = Coordinator(size)
+        self.coordinator = Coordinator(size, stall_check_us)
         self.now = 0
         self.records: list[dict[str, Any]] = []
 

@@ -500,3 +500,53 @@ def test_messages_for_members_are_refused() -> None:
 def test_an_unknown_channel_is_refused() -> None:
     with pytest.raises(RuntimeError, match="unknown channel 7"):
         Talk(2).open().say(0, "Sync", channel=7)
+
+
+# --- standing still -----------------------------------------------------------------------------------------------
+
+
+def test_who_waits_for_whom_is_said_after_a_while_and_again() -> None:
+    talk = Talk(3, stall_check_us=1_000_000).open(required=3)
+    talk.final(0, 0, 1, 2)
+    talk.now = 500_000
+    talk.arrive(0, 1)
+    talk.now = 900_000
+    talk.arrive(2, 1)
+    assert talk.coordinator.next_deadline() == 1_500_000
+    for seconds in (1, 2, 3):
+        talk.now = 500_000 + seconds * 1_000_000
+        talk.tick()
+        assert len(talk.recorded("stalled")) == seconds
+    stalled = talk.recorded("stalled")[-1]
+    assert (stalled["step"], stalled["ranks"]) == (1, [0, 2])
+    assert stalled["reason"] == (
+        "ranks 0, 2 have waited for 3 s at step 1 (N = 3): "
+        "rank 1 is at step 1, and was last heard with its gradient for step 0"
+    )
+    talk.arrive(1, 1)
+    assert talk.coordinator.next_deadline() is None
+
+
+def test_who_waits_for_others_to_create_an_optimizer_is_said() -> None:
+    talk = Talk(3, stall_check_us=1_000_000)
+    talk.say(1, "Open", name="it", wait_for_all=True, options={"required": 3})
+    talk.now = 1_000_000
+    talk.tick()
+    (stalled,) = talk.recorded("stalled")
+    assert stalled["reason"] == (
+        "rank 1 has waited for 1 s at step 0 for all ranks to create it: "
+        "rank 0 has not created it; rank 2 has not created it"
+    )
+
+
+@pytest.mark.parametrize(("kind", "where"), [("Away", "has left the loop"), ("Join", "has joined")])
+def test_a_rank_that_waits_is_told_where_the_others_are(kind: str, where: str) -> None:
+    talk = Talk(3, stall_check_us=1_000_000).open(required=3)
+    talk.follow(5, 5, -1)
+    talk.arrive(0, 0)
+    talk.say(1, kind)
+    talk.now = 1_000_000
+    talk.tick()
+    assert (
+        f"rank 1 {where}; rank 2 is at step 0, and was last heard before its" in talk.recorded("stalled")[0]["reason"]
+    )

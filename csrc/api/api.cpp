@@ -52,8 +52,9 @@ std::string text(const char* value) { return value ? value : ""; }
 
 std::string blob(const void* data, size_t size) { return {static_cast<const char*>(data), data ? size : 0}; }
 
-EngineFiles engine_files(const hvdb_files* files) {
-  return files ? EngineFiles{text(files->trace), text(files->timeline)} : EngineFiles{};
+EngineSettings engine_settings(const hvdb_settings* given) {
+  if (given == nullptr) return {};
+  return {text(given->trace), text(given->timeline), given->stall_check_us};
 }
 
 ChannelScript& channel_of(Script& script, const char* name) {
@@ -83,20 +84,21 @@ hvdb_status hvdb_hub_create(int size, hvdb_hub** hub) {
 
 void hvdb_hub_destroy(hvdb_hub* hub) { delete hub; }
 
-hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const hvdb_files* files, hvdb_engine** engine) {
+hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const hvdb_settings* settings, hvdb_engine** engine) {
   return guarded([&] {
     auto created = std::make_unique<hvdb_engine>();
-    created->engine = std::make_unique<Engine>(make_mpi_transport(mpi_comm), engine_files(files));
+    created->engine = std::make_unique<Engine>(make_mpi_transport(mpi_comm), engine_settings(settings));
     *engine = created.release();
     return HVDB_OK;
   });
 }
 
-hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_files* files, hvdb_engine** engine) {
+hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_settings* settings,
+                                          hvdb_engine** engine) {
   return guarded([&] {
     if (rank < 0 || rank >= hub->hub->size()) throw UsageError("the hub has no rank " + std::to_string(rank));
     auto created = std::make_unique<hvdb_engine>();
-    created->engine = std::make_unique<Engine>(make_in_process_transport(hub->hub, rank), engine_files(files));
+    created->engine = std::make_unique<Engine>(make_in_process_transport(hub->hub, rank), engine_settings(settings));
     *engine = created.release();
     return HVDB_OK;
   });

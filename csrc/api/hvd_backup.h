@@ -49,16 +49,17 @@ const char* hvdb_last_error(void);
 hvdb_status hvdb_hub_create(int size, hvdb_hub** hub);
 void hvdb_hub_destroy(hvdb_hub* hub);
 
-/* Files that rank 0 writes; NULL or "": none. */
+/* What rank 0 writes besides its work. */
 typedef struct {
-  const char* trace;    /* the coordinator's records as JSON lines: docs/trace.md */
-  const char* timeline; /* the same as a Chrome trace */
-} hvdb_files;
+  const char* trace;      /* file for the coordinator's records as JSON lines (docs/trace.md); NULL or "": none */
+  const char* timeline;   /* file for the same as a Chrome trace */
+  int64_t stall_check_us; /* after so long without progress a warning says who waits for whom; 0: never */
+} hvdb_settings;
 
 /* mpi_comm: address of an MPI_Comm; it is duplicated (collective over it), never used. MPI must have been initialised
- * with MPI_THREAD_MULTIPLE; shut the engine down before MPI_Finalize. files: NULL: none. */
-hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const hvdb_files* files, hvdb_engine** engine);
-hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_files* files, hvdb_engine** engine);
+ * with MPI_THREAD_MULTIPLE; shut the engine down before MPI_Finalize. settings: NULL: none. */
+hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const hvdb_settings* settings, hvdb_engine** engine);
+hvdb_status hvdb_engine_create_in_process(hvdb_hub* hub, int rank, const hvdb_settings* settings, hvdb_engine** engine);
 /* Ends the thread at once if it runs. The channels of the engine die with it. In a forked child: does nothing. */
 void hvdb_engine_destroy(hvdb_engine* engine);
 int hvdb_rank(const hvdb_engine* engine);

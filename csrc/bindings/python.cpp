@@ -232,22 +232,24 @@ nb::tuple forecast(std::uintptr_t computing_us, uint64_t steps, int ranks, int r
   return nb::make_tuple(update_us, contributed);
 }
 
-std::shared_ptr<PyEngine> over_mpi(std::uintptr_t comm, const std::string& trace, const std::string& timeline) {
-  const hvdb_files files{trace.c_str(), timeline.c_str()};
+std::shared_ptr<PyEngine> over_mpi(std::uintptr_t comm, const std::string& trace, const std::string& timeline,
+                                   std::int64_t stall_check_us) {
+  const hvdb_settings settings{trace.c_str(), timeline.c_str(), stall_check_us};
   hvdb_engine* engine = nullptr;
   hvdb_status status;
   {
     const nb::gil_scoped_release release;
-    status = hvdb_engine_create_mpi(pointer<const void>(comm), &files, &engine);
+    status = hvdb_engine_create_mpi(pointer<const void>(comm), &settings, &engine);
   }
   check(status);
   return std::make_shared<PyEngine>(engine);
 }
 
-std::shared_ptr<PyEngine> in_process(PyHub& hub, int rank, const std::string& trace, const std::string& timeline) {
-  const hvdb_files files{trace.c_str(), timeline.c_str()};
+std::shared_ptr<PyEngine> in_process(PyHub& hub, int rank, const std::string& trace, const std::string& timeline,
+                                     std::int64_t stall_check_us) {
+  const hvdb_settings settings{trace.c_str(), timeline.c_str(), stall_check_us};
   hvdb_engine* engine = nullptr;
-  check(hvdb_engine_create_in_process(hub.hub, rank, &files, &engine));
+  check(hvdb_engine_create_in_process(hub.hub, rank, &settings, &engine));
   return std::make_shared<PyEngine>(engine);
 }
 
@@ -274,9 +276,10 @@ NB_MODULE(_core, m) {
   nb::class_<PyHub>(m, "Hub").def(nb::init<int>(), nb::arg("size"));
 
   nb::class_<PyEngine>(m, "Engine")
-      .def_static("over_mpi", &over_mpi, nb::arg("comm"), nb::arg("trace") = "", nb::arg("timeline") = "")
+      .def_static("over_mpi", &over_mpi, nb::arg("comm"), nb::arg("trace") = "", nb::arg("timeline") = "",
+                  nb::arg("stall_check_us") = 0)
       .def_static("in_process", &in_process, nb::arg("hub"), nb::arg("rank"), nb::arg("trace") = "",
-                  nb::arg("timeline") = "")
+                  nb::arg("timeline") = "", nb::arg("stall_check_us") = 0)
       .def_prop_ro("rank", [](const PyEngine& self) { return hvdb_rank(self.engine); })
       .def_prop_ro("size", [](const PyEngine& self) { return hvdb_size(self.engine); })
       .def("open", &open_channel, nb::arg("name"), nb::arg("kind"), nb::arg("description"), nb::arg("proposal"),

@@ -373,7 +373,12 @@ void register_policies(nb::module_& module) {
 
 void register_coordinator(nb::module_& module) {
   nb::class_<Coordinator>(module, "Coordinator")
-      .def(nb::init<int>(), "size"_a)
+      .def(
+          "__init__",
+          [](Coordinator* self, int size, TimeUs stall_check_us) {
+            new (self) Coordinator(size, false, {}, stall_check_us);
+          },
+          "size"_a, "stall_check_us"_a = 0)
       .def(
           "receive",
           [](Coordinator& self, int from, const nb::bytes& message, TimeUs now) {

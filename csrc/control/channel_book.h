@@ -18,6 +18,7 @@
 #include "control/required_chooser.h"
 #include "control/rounds.h"
 #include "control/script.h"
+#include "control/stall_check.h"
 
 namespace hvd_backup {
 
@@ -35,6 +36,7 @@ struct Outbox {
   std::vector<Reply> replies;
   std::vector<Record> records;
   bool measured = false;  // the squared norms of gradients are wanted
+  TimeUs stall_check_us = 0;
   Ranks met;  // contributors of collectives that all ranks had to enter: they are not in a full collective any more
 };
 
@@ -160,6 +162,9 @@ class ChannelBook {
   void dismiss_arrivals(TimeUs now, const std::string& reason);
   void fail(const std::string& reason, TimeUs now);
   void look_again(TimeUs at);
+  void watch_stall(TimeUs now);
+  bool is_waiting(int rank) const;
+  std::string whereabouts(int rank) const;
   Record record(Record::Event event, TimeUs now) const;
 
   const ChannelId id_;
@@ -195,6 +200,7 @@ class ChannelBook {
   std::optional<TimeUs> deadline_;
   std::string failure_;
   std::string held_reason_;
+  StallCheck stall_check_;
 };
 
 }  // namespace hvd_backup

@@ -7,7 +7,7 @@
 
 namespace hvd_backup {
 
-Coordinator::Coordinator(int size, bool measured, Combine combine)
+Coordinator::Coordinator(int size, bool measured, Combine combine, TimeUs stall_check_us)
     : size_(size),
       joined_(static_cast<std::size_t>(size), false),
       paused_(static_cast<std::size_t>(size), false),
@@ -15,6 +15,7 @@ Coordinator::Coordinator(int size, bool measured, Combine combine)
       failures_(static_cast<std::size_t>(size)) {
   out_.measured = measured;
   out_.combine = std::move(combine);
+  out_.stall_check_us = stall_check_us;
 }
 
 ChannelBook& Coordinator::book(ChannelId id) {

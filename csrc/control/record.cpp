@@ -26,6 +26,8 @@ const char* name_of(Record::Event event) {
       return "chosen";
     case Record::Event::held:
       return "held";
+    case Record::Event::stalled:
+      return "stalled";
     case Record::Event::gone:
       return "gone";
     case Record::Event::failed:

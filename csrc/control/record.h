@@ -23,6 +23,7 @@ struct Record {
     round_over,  // step = the end
     chosen,      // another N for the steps from `step` on, and why; logged
     held,        // a decision waits for a rank, and why; logged as a warning
+    stalled,     // ranks wait for others, nothing goes on, and why; logged as a warning
     gone,        // ranks = {rank} has left for good
     failed,      // the channel, for good
   };

@@ -118,17 +118,18 @@ void report(int rank, const std::string& text) {
 
 }  // namespace
 
-Engine::Engine(std::unique_ptr<Transport> transport, const EngineFiles& files)
+Engine::Engine(std::unique_ptr<Transport> transport, const EngineSettings& settings)
     : transport_(std::move(transport)),
       process_(getpid()),
       rank_(transport_->rank()),
       size_(transport_->size()),
       header_{size_, monotonic_us(), unix_s()},
-      trace_(rank_ == 0 ? files.trace : "", header_),
-      timeline_(rank_ == 0 ? files.timeline : "", size_, header_.began_us),
+      trace_(rank_ == 0 ? settings.trace : "", header_),
+      timeline_(rank_ == 0 ? settings.timeline : "", size_, header_.began_us),
       recording_(header_) {
   if (rank_ == 0) {
-    coordinator_ = std::make_unique<Coordinator>(size_, !files.trace.empty(), combine_payloads);
+    coordinator_ =
+        std::make_unique<Coordinator>(size_, !settings.trace.empty(), combine_payloads, settings.stall_check_us);
   }
   thread_ = std::thread([this] { run(); });
 }
@@ -844,7 +845,8 @@ void Engine::take_records() {
     if (record.event == Record::Event::stopped || (record.event == Record::Event::replaced && !record.reason.empty())) {
       report(rank_, "'" + record.channel + "' step " + std::to_string(record.step) + ": " + record.reason);
     }
-    if (record.event == Record::Event::held) report(rank_, "warning: '" + record.channel + "': " + record.reason);
+    if (record.event == Record::Event::held || record.event == Record::Event::stalled)
+      report(rank_, "warning: '" + record.channel + "': " + record.reason);
   }
   trace_.write(records);
   timeline_.write(records);

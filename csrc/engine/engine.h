@@ -45,15 +45,16 @@ struct ChannelSpec {
   bool wait_for_all = false;
 };
 
-// Files that rank 0 writes; empty: none.
-struct EngineFiles {
-  std::string trace;     // see trace.h
-  std::string timeline;  // see timeline.h
+// What rank 0 writes besides its work.
+struct EngineSettings {
+  std::string trace;          // a file, see trace.h; empty: none
+  std::string timeline;       // a file, see timeline.h; empty: none
+  TimeUs stall_check_us = 0;  // after so long without progress a warning says who waits for whom; 0: never
 };
 
 class Engine {
  public:
-  Engine(std::unique_ptr<Transport> transport, const EngineFiles& files);
+  Engine(std::unique_ptr<Transport> transport, const EngineSettings& settings);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
