@@ -14,7 +14,7 @@ class Hub:
 
 class Engine:
     @staticmethod
-    def over_mpi(comm: int, trace: str = "", timeline: str = "") -> Engine:
+    def over_mpi(comm: int, trace: str = "", timeline: str = "", stall_check_us: int = 0) -> Engine:
         """Collective over the MPI communicator whose `MPI_Comm` lies at address `comm`; it is duplicated, never used.
 
         trace, timeline: files to which rank 0 writes what its coordinator records: as JSON lines (docs/trace.md), and
@@ -22,7 +22,7 @@ class Engine:
         """
 
     @staticmethod
-    def in_process(hub: Hub, rank: int, trace: str = "", timeline: str = "") -> Engine: ...
+    def in_process(hub: Hub, rank: int, trace: str = "", timeline: str = "", stall_check_us: int = 0) -> Engine: ...
     @property
     def rank(self) -> int: ...
     @property
