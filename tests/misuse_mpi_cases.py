@@ -412,6 +412,30 @@ differing(
 )
 
 
+ELSEWHERE = "the ranks wait for each other in different collectives, which must be called by all in the same order"
+differing(
+    "name_differs",
+    "rank 1 gives another name",
+    "HvdBackupError",
+    f"{ELSEWHERE}…: ranks 0, 2 in 'allreduce:a'; rank 1 in 'allreduce:b'",
+    lambda odd: hvd.allreduce(ones, name="b" if odd else "a"),
+)
+differing(
+    "order_differs",
+    "rank 1 is in `allreduce()`, the others in `broadcast()`",
+    "HvdBackupError",
+    ELSEWHERE,
+    lambda odd: hvd.allreduce(ones) if odd else hvd.broadcast(ones, 0),
+)
+differing(
+    "shape_differs_later",
+    "rank 1 gives another shape under a name that was used before",
+    "HvdBackupError",
+    ELSEWHERE,
+    lambda odd: [hvd.allreduce(np.ones(2 + (odd and k)), name="x") for k in range(2)],
+)
+
+
 @misuse(
     COLLECTIVES,
     "an object that cannot be pickled, in `broadcast_object`",

@@ -297,6 +297,13 @@ hvdb_status hvdb_leave(hvdb_channel* channel) {
   });
 }
 
+hvdb_status hvdb_announce_waiting(hvdb_channel* channel) {
+  return guarded([&] {
+    channel->engine->announce_waiting(*channel->channel);
+    return HVDB_OK;
+  });
+}
+
 hvdb_status hvdb_close(hvdb_channel* channel, int64_t timeout_us) {
   return guarded([&] { return yes_or_timeout(channel->engine->close(*channel->channel, timeout_us)); });
 }

@@ -124,6 +124,9 @@ hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metada
 hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result, int wait_follows);
 /* update may be NULL: then HVDB_OK says that there is one to take. */
 hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** update);
+/* To be called between two hvdb_wait of one step by a thread that does nothing else, once it has waited for long: when
+ * all ranks wait, but in different collectives, these fail on all of them. */
+hvdb_status hvdb_announce_waiting(hvdb_channel* channel);
 /* After hvdb_hold, updates that this rank has contributed to may be changed in the result buffers, in the same way by
  * all contributors, until hvdb_commit; late ranks get what is there then. Before the first begin, on all ranks alike;
  * not with more than one scope. */

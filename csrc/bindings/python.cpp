@@ -35,6 +35,7 @@ void check(hvdb_status status) {
 }
 
 constexpr int64_t slice_us = 100'000;  // between two looks for Ctrl-C
+constexpr int long_wait_slices = 10;   // no message and no transfer takes so long: another rank is late, or elsewhere
 
 // Calls `attempt(timeout_us)` without the GIL until it is something else than a timeout.
 template <class Attempt>
@@ -165,7 +166,11 @@ void set_results(PyChannel& self, const std::vector<std::uintptr_t>& results) {
 
 std::unique_ptr<PyUpdate> wait(PyChannel& self) {
   hvdb_update* update = nullptr;
-  wait_until_done([&](int64_t timeout_us) { return hvdb_wait(self.channel, timeout_us, &update); });
+  int slices = 0;
+  wait_until_done([&](int64_t timeout_us) {
+    if (++slices == long_wait_slices) check(hvdb_announce_waiting(self.channel));
+    return hvdb_wait(self.channel, timeout_us, &update);
+  });
   return std::make_unique<PyUpdate>(update);
 }
 

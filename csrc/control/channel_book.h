@@ -79,6 +79,7 @@ class ChannelBook {
   bool has_arrived(int rank) const;
   bool is_short() const;  // an attempt that was given up waits for other ranks
   void turn_away(int rank, TimeUs now);
+  void fail(const std::string& reason, TimeUs now);  // on all ranks, for good
   Step open_step() const { return open_step_; }
   ChannelFacts facts() const { return {open_step_, history_first_, rounds_.current()}; }
   bool anybody_waits() const;
@@ -160,7 +161,6 @@ class ChannelBook {
   void tell_late(int to, Step step, int scope);
   void put_drop_on_record(int rank, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason);
   void dismiss_arrivals(TimeUs now, const std::string& reason);
-  void fail(const std::string& reason, TimeUs now);
   void look_again(TimeUs at);
   void watch_stall(TimeUs now);
   bool is_waiting(int rank) const;

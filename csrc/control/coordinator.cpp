@@ -44,6 +44,7 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
         } else if constexpr (std::is_same_v<Body, Waiting>) {
           book(body.channel).waiting(from, body);
           untangle(now);
+          end_deadlock(now);
         } else if constexpr (std::is_same_v<Body, Done>) {
           book(body.channel).done(from, body, now);
         } else if constexpr (std::is_same_v<Body, Kept>) {
@@ -133,6 +134,34 @@ void Coordinator::untangle(TimeUs now) {
   }
 }
 
+// Every rank that is left is blocked in a collective of all ranks, but not in the same one: they would wait for ever.
+void Coordinator::end_deadlock(TimeUs now) {
+  std::vector<ChannelBook*> stuck;
+  std::vector<bool> goes_on(static_cast<std::size_t>(size_));
+  for (std::size_t r = 0; r < goes_on.size(); ++r) goes_on[r] = !gone_[r] && !joined_[r];
+  std::string told;
+  for (auto& channel : books_) {
+    if (!channel->strict()) continue;
+    const Ranks ranks = channel->blocked();
+    if (ranks.empty()) continue;
+    stuck.push_back(channel.get());
+    told += (told.empty() ? "" : "; ") + std::string(ranks.size() == 1 ? "rank" : "ranks");
+    for (const int rank : ranks) {
+      told += (rank == ranks.front() ? " " : ", ") + std::to_string(rank);
+      goes_on[static_cast<std::size_t>(rank)] = false;
+    }
+    told += " in '" + channel->name() + "'";
+  }
+  if (stuck.size() < 2 || std::count(goes_on.begin(), goes_on.end(), true) > 0) return;
+  for (ChannelBook* channel : stuck) {
+    channel->fail(
+        "the ranks wait for each other in different collectives, which must be called by all in the same "
+        "order, with the same names: " +
+            told,
+        now);
+  }
+}
+
 void Coordinator::pause(int from, bool paused, TimeUs now) {
   paused_[static_cast<std::size_t>(from)] = paused;
   for (auto& channel : books_) {
@@ -145,6 +174,7 @@ void Coordinator::join(int from, TimeUs now) {
   last_joined_ = from;
   for (auto& channel : books_) channel->set_joined(from, true, now);
   release_joined(now);
+  end_deadlock(now);
 }
 
 // When every rank that is left has joined, all go on.

@@ -288,6 +288,13 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
   }
 }
 
+void Engine::announce_waiting(Channel& channel) {
+  const std::scoped_lock lock(mutex_);
+  channel.member.announce_waiting();
+  mark_dirty(channel);
+  wake();
+}
+
 void Engine::hold(Channel& channel) {
   const std::scoped_lock lock(mutex_);
   check_usable(&channel);

@@ -77,6 +77,9 @@ class Engine {
   void submit(Channel& channel, int bucket, const void* contribution, void* result, bool wait_follows);
   // True and the update when there is one within the timeout.
   bool wait(Channel& channel, TimeUs timeout_us, Update* update);
+  // The thread that waits does nothing else until this channel's outcome is there, and has waited for long: the
+  // coordinator finds out whether ranks wait for each other.
+  void announce_waiting(Channel& channel);
   // After hold(), updates that this rank contributes to may be changed in the result buffers, the same on all
   // contributors, until commit(); late ranks fetch what is there then. Before the first begin(); one scope.
   void hold(Channel& channel);
