@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import keras
@@ -216,6 +217,14 @@ def sparse_gradient() -> None:
     net = keras.Sequential([keras.Input((2,), dtype="int32"), table, keras.layers.Flatten(), keras.layers.Dense(1)])
     net.compile(optimizer=hvd.DistributedOptimizer(keras.optimizers.SGD()), loss="mse")
     net.fit(np.zeros((8, 2), np.int32), np.zeros((8, 1), np.float32), verbose=0)
+
+
+@case
+def misuses() -> Any:
+    """Those of docs/misuse.md."""
+    from tests import misuse, misuse_tensorflow_cases  # noqa: F401  (registers them)
+
+    return misuse.run_all("tensorflow", nullcontext)
 
 
 CASES.update(tensorflow_cases.CASES)

@@ -1,6 +1,7 @@
 """Every misuse of docs/misuse.md gives what the page says, and the page says what the tests find."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,12 @@ def run_group(group: str) -> dict[str, Seen]:
 def test_what_one_gets_on_every_rank(group: str) -> None:
     by_rank = run_ranks(3, run_group, [group], timeout_s=120)
     wrong = {each.name: complaints(each, [seen[each.name] for seen in by_rank]) for each in MISUSES[group]}
+    assert not any(wrong.values()), "\n".join(f"{name}: {line}" for name, lines in wrong.items() for line in lines)
+
+
+def test_what_one_gets_with_tensorflow(tensorflow_results: list[dict[str, Any]]) -> None:
+    by_rank = [result["misuses"] for result in tensorflow_results]
+    wrong = {each.name: complaints(each, [seen[each.name] for seen in by_rank]) for each in MISUSES["tensorflow"]}
     assert not any(wrong.values()), "\n".join(f"{name}: {line}" for name, lines in wrong.items() for line in lines)
 
 
