@@ -20,7 +20,7 @@ STEP = "A step"
 CHANGES = "A model that changes during training"
 LOOP = "The loop: `follow`"
 LATER = "Numbers that go wrong"
-LEFT = "rank 1 has left"
+TENSORS = "Tensors of PyTorch in collectives"
 
 
 @contextmanager
@@ -937,3 +937,93 @@ def nan_gradient(scene: Scene) -> None:
         (loss_of(model, batch(hvd.rank(), 0)) * (float("nan") if odd() else 1.0)).backward()
         optimizer.step()
         assert all(p.isnan().all() for p in model.parameters())
+
+
+# --- collectives ---
+
+
+def refused_call(name: str, wrong: str, kind: str, told: str, call: Any) -> None:
+    """A case: a call that cannot be right on any rank, or that rank 1 makes otherwise. call(whether this is rank 1)."""
+
+    def run(scene: Scene) -> None:
+        with scene.misuse():
+            call(odd())
+
+    run.__name__ = name
+    misuse(TENSORS, wrong, kind, told)(run)
+
+
+def sgd(out: int = 3) -> torch.optim.Optimizer:
+    return torch.optim.SGD(linear(out).parameters(), lr=0.1, momentum=0.9)
+
+
+refused_call(
+    "tensor_elsewhere",
+    'a tensor that is not on the CPU (`device="meta"`)',
+    "UsageError",
+    "first_n_allreduce: the tensor is on meta, supported is the CPU: use tensor.cpu()",
+    lambda odd: hvd.first_n_allreduce(torch.ones(2, device="meta"), n=2),
+)
+refused_call(
+    "tensor_sparse",
+    "a sparse tensor",
+    "UsageError",
+    "has layout torch.sparse_coo, not a dense one: use tensor.to_dense()",
+    lambda odd: hvd.first_n_allreduce(torch.ones(2).to_sparse(), n=2),
+)
+refused_call(
+    "no_tensor",
+    "a list in place of a tensor",
+    "UsageError",
+    "allreduce(list): expected a torch.Tensor",
+    lambda odd: hvd.allreduce([1.0, 2.0]),
+)
+refused_call(
+    "tensor_of_bools",
+    "a tensor of bools",
+    "UsageError",
+    "allreduce: dtype bool is not supported, only",
+    lambda odd: hvd.allreduce(torch.ones(2, dtype=torch.bool)),
+)
+refused_call(
+    "first_n_other_tensor",
+    "another tensor under the same name on rank 1",
+    "HvdBackupError",
+    "differ in 'first_n_allreduce:x': line 2: …'shape (2, 2)'",
+    lambda odd: hvd.first_n_allreduce(torch.ones((2, 2) if odd else 4), n=2, name="x"),
+)
+refused_call(
+    "parameters_of_a_model",
+    "`broadcast_parameters(model)`",
+    "ValueError",
+    "invalid params of type: <class 'torch.nn.modules.linear.Linear'>",
+    lambda odd: hvd.broadcast_parameters(linear(), root_rank=0),
+)
+refused_call(
+    "parameters_differ",
+    "`broadcast_parameters` of another model on rank 1",
+    "UsageError",
+    "the ranks are in different collectives, which must be called by all in the same order: …weight float32[5, 4]",
+    lambda odd: hvd.broadcast_parameters(linear(5 if odd else 3).state_dict(), root_rank=0),
+)
+refused_call(
+    "state_of_a_model",
+    "`broadcast_optimizer_state(model)`",
+    "UsageError",
+    "broadcast_optimizer_state(Linear): expected a torch.optim.Optimizer",
+    lambda odd: hvd.broadcast_optimizer_state(linear(), root_rank=0),
+)
+refused_call(
+    "states_differ",
+    "`broadcast_optimizer_state` of another optimizer on rank 1",
+    "UsageError",
+    "the ranks are in different collectives, which must be called by all in the same order: …float32[5, 4]",
+    lambda odd: hvd.broadcast_optimizer_state(sgd(5 if odd else 3), root_rank=0),
+)
+refused_call(
+    "only_horovods",
+    "`hvd.alltoall(x)` without Horovod",
+    "AttributeError",
+    "alltoall is Horovod's own",
+    lambda odd: hvd.alltoall(torch.ones(2)),
+)
