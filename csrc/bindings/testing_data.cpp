@@ -101,7 +101,9 @@ struct Endpoint {
                              .staging_bytes = staging_bytes,
                              .staging = &staging,
                              .norms = nullptr};
-    collective->running = start_allreduce(open(), std::move(options), [collective] { collective->done = true; });
+    collective->running = start_allreduce(open(), std::move(options), [weak = std::weak_ptr(collective)] {
+      if (const auto alive = weak.lock()) alive->done = true;  // it owns what calls this
+    });
     return collective;
   }
 
