@@ -1,8 +1,8 @@
 // How small messages become bytes and back. A message lists its fields once, in `fields(archive)`; Writer and Reader
 // walk the same list. Ranks of one job run the same build on the same kind of machine, so numbers travel as they lie in
 // memory. A Reader never reads past the end: a message that is too short, or has bytes left over, is a RuntimeFailure,
-// and so is a value that is none: a bool is 0 or 1, an enum what its is_known(value), declared beside it, says. So bytes
-// that can be read are those that would be written again.
+// and so is a value that is none: a bool is 0 or 1, an enum what its is_known(value), declared beside it, says. So
+// bytes that can be read are those that would be written again.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 // May the coordinator believe what it is told? Bytes that decode are a message, but its numbers may still be none that
 // a rank of this job can send: a step that nobody has reached, a scope that does not exist, a million of them. They
-// index and size what the coordinator keeps, so each is checked once, here, before anything looks at it. What it is not:
-// a check of wrong use, which is found where it is made, with better words.
+// index and size what the coordinator keeps, so each is checked once, here, before anything looks at it. What it is
+// not: a check of wrong use, which is found where it is made, with better words.
 #pragma once
 
 #include "control/messages.h"
