@@ -17,8 +17,8 @@ namespace hvd_backup {
 class Coordinator {
  public:
   // measured: whether squared norms of gradients are wanted in the records. combine: what is made of small
-  // contributions, which come with the arrivals. stall_check_us: after so long without progress a channel says on record
-  // who waits for whom; 0: never.
+  // contributions, which come with the arrivals. stall_check_us: after so long without progress a channel says on
+  // record who waits for whom; 0: never.
   explicit Coordinator(int size, bool measured = false, Combine combine = {}, TimeUs stall_check_us = 0);
   Coordinator(const Coordinator&) = delete;
   Coordinator& operator=(const Coordinator&) = delete;
