@@ -108,6 +108,7 @@ def main() -> None:
     if records is not None:
         waits = [max(of_stop) for of_stop in zip(*(extra_waits(rank, stops) for rank in records[:-1]), strict=True)]
         back = back_after(records[-1], stops)
+        spans = [(begin, end + seconds) for (begin, end), seconds in zip(stops, back, strict=True)]
         results: dict[str, Any] = {
             "stops": len(stops),
             "stopped_s": [end - begin for begin, end in stops],
@@ -116,9 +117,7 @@ def main() -> None:
             "median_extra_wait_ms": measurement.percentile(waits, 50) * 1e3,
             "begun_anew": recorded.count('"event": "replaced"'),
             "ended_without": recorded.count('"event": "stopped"'),
-            "caught_up": [
-                max(r.caught_up for r in records[-1] if begin < r.ended <= end + 1.0) for begin, end in stops
-            ],
+            "caught_up": [sum(r.caught_up for r in records[-1] if begin < r.ended <= after) for begin, after in spans],
             "contributed_again_after_ms": [second * 1e3 for second in back],
             "verified": True,  # a wrong history or mean has ended the run
         }

@@ -167,6 +167,65 @@ def test_i6_a_rank_that_fails_in_the_middle_of_its_contribution_is_replaced(deci
         assert (replaced["ranks"], replaced["attempt"]) == ([1], 1)
 
 
+def test_i4_a_contributor_that_turns_slow_is_replaced_by_who_has_arrived_since(tmp_path: Path) -> None:
+    """With arrive="first" rank 1 is in the decision with its first bucket, and has not finished the others."""
+    arrived = threading.Event()
+    trace = tmp_path / "trace.jsonl"
+
+    def body(engine: Any) -> Stream:
+        stream = Stream(engine, 3, buckets=3)
+        while stream.channel.step < 3:
+            stream.step()
+        if engine.rank == 1:
+            stream.channel.begin(1.0, b"from 1")
+            stream.submit(0)
+            arrived.set()
+            wait_for_line(trace, lambda line: line["event"] == "final" and line["step"] == 3)
+            stream.submit(1)
+            stream.submit(2)
+            stream.take()
+        arrived.wait(30)
+        if engine.rank == 3:
+            wait_for_line(trace, lambda line: line["event"] == "decision" and line["step"] == 3)
+        for _ in range(3):
+            stream.step()
+        stream.channel.leave()
+        stream.take()
+        return stream
+
+    equal_histories(spawn(4, body, trace=str(trace)))
+    lines = [line for line in read_trace(trace) if line.get("step") == 3]
+    (replaced,) = [line for line in lines if line["event"] == "replaced"]
+    assert replaced["ranks"] == [1] and "rank 1 is still computing its gradient" in replaced["reason"]
+    first, second = [line for line in lines if line["event"] == "decision"]
+    assert (first["ranks"], second["ranks"], second["attempt"]) == ([0, 1, 2], [0, 2, 3], 1)
+    assert [line["ranks"] for line in lines if line["event"] == "dropped"] == [[1]]
+
+
+def test_a_channel_that_fails_before_an_update_is_final_gives_it_to_nobody() -> None:
+    """And nobody waits for it."""
+    begun, failed = threading.Event(), threading.Event()
+
+    def body(engine: Any) -> None:
+        stream = Stream(engine, 2, buckets=2)
+        if engine.rank == 2:
+            begun.wait(30)
+            stream.channel.begin_round(5, align_every=2)
+        else:
+            stream.channel.begin_round(5, align_every=0)
+            stream.channel.begin(1.0, b"from %d" % engine.rank)
+            stream.submit(0)
+        if engine.rank == 0:
+            stream.submit(1)
+            threading.Timer(0.2, begun.set).start()  # it has begun to sum with rank 1, which does not go on
+            with pytest.raises(_core.CoreError, match="align_every"):
+                stream.take()
+            failed.set()
+        failed.wait(30)
+
+    spawn(3, body)
+
+
 def test_with_no_backup_workers_a_rank_that_fails_ends_the_others_with_its_reason() -> None:
     def body(engine: Any) -> str:
         stream = Stream(engine, 3)

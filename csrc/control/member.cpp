@@ -102,7 +102,7 @@ bool Member::next() {
 
 bool Member::decided() const {
   return begun_ && std::all_of(scopes_.begin(), scopes_.end(), [](const Scope& own) {
-           return own.phase == Phase::contributing || own.phase == Phase::voted || own.phase == Phase::done;
+           return own.phase == Phase::done || (own.phase == Phase::contributing && !own.decision.votes);
          });
 }
 

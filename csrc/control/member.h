@@ -72,7 +72,8 @@ class Member {
   Step all_have() const { return outlook_.all_have; }
   bool contributing(Step step, int scope, int attempt) const;
   int unsubmitted(int scope) const;  // buckets that were not handed over yet
-  bool decided() const;              // the step that has begun is decided with this rank in every scope
+  // Whatever happens, this rank contributes to the step that has begun, in every scope: others may have the update.
+  bool decided() const;
 
   // --- messages of the coordinator ---
   void receive(const Decision& message);

@@ -266,7 +266,7 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
   const Raised waiting(waiting_);
   const TimeUs deadline = monotonic_us() + timeout_us;
   while (true) {
-    // What is decided is completed and handed out, though the channel has failed since: others have it already.
+    // What is decided for good is completed and handed out, though the channel has failed since.
     check_usable(channel.member.decided() ? nullptr : &channel);
     if (channel.member.next()) {
       if (update) *update = channel.member.take();
