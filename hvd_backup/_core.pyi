@@ -18,7 +18,8 @@ class Engine:
         """Collective over the MPI communicator whose `MPI_Comm` lies at address `comm`; it is duplicated, never used.
 
         trace, timeline: files to which rank 0 writes what its coordinator records: as JSON lines (docs/trace.md), and
-        as a Chrome trace; empty: none.
+        as a Chrome trace; empty: none. stall_check_us: after so many microseconds without progress rank 0 says who
+        waits for whom; 0: never.
         """
 
     @staticmethod

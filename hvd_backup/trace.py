@@ -57,8 +57,8 @@ class ChannelRecording:
 
     @property
     def decisions(self) -> list[Line]:
-        """Who contributed to what, in order. An update that lost a contributor is described as it was first decided."""
-        return list(self.of("decision"))
+        """Who contributed to what, in order; of an update whose contributors were replaced, the last attempt."""
+        return list({(line["step"], line["scope"]): line for line in self.of("decision")}.values())
 
 
 @dataclass

@@ -162,6 +162,7 @@ def test_what_needs_all_ranks_is_refused_with_backup_workers() -> None:
     ):
         with pytest.raises(hvd.ConfigError, match=told):
             hvd.DistributedOptimizer(sgd, backup_workers=1, **options)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     optimizer = hvd.DistributedOptimizer(sgd, backup_workers=1)
     with pytest.raises(hvd.UsageError, match="SyncBatchNorm needs all ranks"):
         loss_of(model, batch(hvd.rank(), 0))

@@ -15,9 +15,8 @@ void TransferTime::measured(TimeUs took_us) {
   mean_us_ += (took_us - mean_us_) / 8;
 }
 
-TimeUs TransferTime::patience_us(TimeUs otherwise_us) const {
-  const TimeUs expected = mean_us_ < 0 ? otherwise_us : mean_us_ + 4 * deviation_us_;
-  return std::max(least_patience_us, expected);
+TimeUs TransferTime::patience_us() const {
+  return mean_us_ < 0 ? first_patience_us : std::max(least_patience_us, mean_us_ + 4 * deviation_us_);
 }
 
 Attempt::Attempt(const Ranks& contributors, TimeUs now, TimeUs patience_us)

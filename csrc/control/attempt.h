@@ -18,14 +18,14 @@
 namespace hvd_backup {
 
 // How long attempts take, from their decision until all contributors have the result. The time after which something is
-// wrong is that of TCP (RFC 6298, section 2), with another floor: mean + 4 mean deviations.
+// wrong is that of TCP (RFC 6298, section 2), with another floor: mean + 4 mean deviations, and at first a second.
 class TransferTime {
  public:
   static constexpr TimeUs least_patience_us = 20'000;  // scheduling noise on a crowded machine
+  static constexpr TimeUs first_patience_us = 1'000'000;
 
   void measured(TimeUs took_us);
-  // otherwise_us: if nothing has been measured yet.
-  TimeUs patience_us(TimeUs otherwise_us) const;
+  TimeUs patience_us() const;
 
  private:
   TimeUs mean_us_ = -1;

@@ -14,6 +14,7 @@
 
 #include "collective/allreduce.h"
 #include "collective/partition.h"
+#include "engine/payload.h"
 
 namespace hvd_backup {
 
@@ -69,46 +70,6 @@ class PreciseNaps {
   const int slack_ns_;
 #endif
 };
-
-// What fits, with the rest of the message, into one that MPI sends without asking the receiver first.
-constexpr std::size_t most_payload_bytes = 4096;
-
-// By what contributions are multiplied, and their sum. The same, whoever sums.
-struct Factors {
-  std::vector<double> weights;
-  double scale = 1.0;
-};
-
-Factors factors_of(const Decision& decision, DataType dtype, bool average) {
-  if (average && !is_integer(dtype)) return {decision.weights, 1.0 / decision.samples};
-  return {std::vector<double>(decision.weights.size(), 1.0), 1.0};  // a plain sum
-}
-
-// The elements, and behind them what they are and what becomes of them.
-std::string payload_of(const Bucket& bucket, bool average) {
-  std::string payload(static_cast<const char*>(bucket.contribution), bucket.bytes());
-  payload.push_back(static_cast<char>(bucket.layout.dtype));
-  payload.push_back(average ? 1 : 0);
-  return payload;
-}
-
-// The Coordinator's Combine.
-std::string combine_payloads(const Decision& decision, const std::vector<std::string>& payloads) {
-  if (payloads.front().size() <= 2) return {};
-  const std::string form = payloads.front().substr(payloads.front().size() - 2);
-  const auto dtype = static_cast<DataType>(form.front());
-  const std::size_t elements_bytes = payloads.front().size() - form.size();
-  if (size_of(dtype) == 0 || elements_bytes % size_of(dtype) != 0) return {};  // malformed
-  const Factors factors = factors_of(decision, dtype, form.back() != 0);
-  std::vector<const void*> sources;
-  for (const std::string& payload : payloads) {
-    if (payload.size() != payloads.front().size() || !payload.ends_with(form)) return {};
-    sources.push_back(payload.data());
-  }
-  std::string result(elements_bytes, '\0');
-  weighted_sum(dtype, result.data(), sources, factors.weights, factors.scale, result.size() / size_of(dtype));
-  return result;
-}
 
 double unix_s() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 

@@ -182,26 +182,24 @@ void NodeExchange::release_block(std::size_t index) {
   outgoing_.pop_back();
 }
 
+// What was taken back consumes its receive, too: the sender has ended all with this tag, and what it had announced before
+// and after stays with the receives that it belongs to.
 void NodeExchange::deliver(std::size_t peer, std::optional<Match> match) {
-  while (match) {
-    auto& [announcement, receive] = *match;
-    if (announcement.block == on_the_long_way) {
-      receive_the_long_way_(peer, announcement.tag, receive.data, std::move(receive.on_done));
-      return;
-    }
-    if (announcement.bytes != receive.data.size()) {
-      throw RuntimeFailure("a transfer with tag " + std::to_string(announcement.tag) + " has " +
-                           std::to_string(announcement.bytes) + " bytes, " + std::to_string(receive.data.size()) +
-                           " were expected");
-    }
-    std::memcpy(receive.data.data(), segment(peer).data(static_cast<std::size_t>(announcement.block)),
-                receive.data.size());
-    if (let_go(peer, announcement)) {
-      finished_.push_back(std::move(receive.on_done));
-      return;
-    }
-    match = lanes_.requested_again(static_cast<int>(peer), announcement.tag, std::move(receive));  // it was cancelled
+  if (!match) return;
+  auto& [announcement, receive] = *match;
+  if (announcement.block == on_the_long_way) {
+    receive_the_long_way_(peer, announcement.tag, receive.data, std::move(receive.on_done));
+    return;
   }
+  const auto block = static_cast<std::size_t>(announcement.block);
+  if (generation_of(segment(peer).state(block).load(std::memory_order_acquire)) != announcement.generation) return;
+  if (announcement.bytes != receive.data.size()) {
+    throw RuntimeFailure("a transfer with tag " + std::to_string(announcement.tag) + " has " +
+                         std::to_string(announcement.bytes) + " bytes, " + std::to_string(receive.data.size()) +
+                         " were expected");
+  }
+  std::memcpy(receive.data.data(), segment(peer).data(block), receive.data.size());
+  if (let_go(peer, announcement)) finished_.push_back(std::move(receive.on_done));
 }
 
 // False when the block has been taken back, so that what was read from it may be anything.

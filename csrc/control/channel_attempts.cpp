@@ -1,0 +1,219 @@
+// The part of a ChannelBook that looks after decisions until their updates are final: attempts, who is replaced by
+// whom, and when late ranks can fetch (design, rule 4).
+#include "control/channel_book.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace hvd_backup {
+
+// Of the slot's arrivals.
+void ChannelBook::begin_attempt(Slot& slot, const std::string& reason, TimeUs now) {
+  std::sort(slot.arrivals.begin(), slot.arrivals.end(),
+            [](const Arrival& a, const Arrival& b) { return a.rank < b.rank; });
+  Decision& decision = *slot.decision;
+  decision.tag = tags_(2 * buckets_);
+  set_contributors(decision, slot.arrivals);
+  if (!decision.result.empty()) decision.votes = false;  // all have the result, or none
+  const TimeUs patience = transfer_time_.patience_us() << std::min(decision.attempt, 6);
+  slot.attempt = Attempt(decision.contributors, now, patience);
+  slot.squares = {};
+  slot.broken = false;
+  slot.is_short = false;
+  Record decided = record(Record::Event::decision, now);
+  decided.step = decision.step;
+  decided.scope = decision.scope;
+  decided.attempt = decision.attempt;
+  decided.reason = reason;
+  for (const Arrival& arrival : slot.arrivals) {
+    decided.bases.push_back(arrival.message.base);
+    decided.arrivals.push_back(arrival.at);
+  }
+  decided.opened_at = decision.step == open_step_ ? opened_at_ : last_opened_at_;
+  decided.required = decision.required;
+  decided.ranks = decision.contributors;
+  decided.weights = decision.weights;
+  decided.metadata = decision.metadata;
+  out_.records.push_back(decided);
+  for (int contributor : decision.contributors) {
+    Decision personal = decision;
+    personal.outlook = outlook_for(contributor);
+    out_.replies.push_back({contributor, personal});
+  }
+}
+
+// arrivals: in the order of ranks.
+void ChannelBook::set_contributors(Decision& decision, const std::vector<Arrival>& arrivals) const {
+  decision.contributors.clear();
+  decision.weights.clear();
+  decision.samples = 0;
+  for (const Arrival& arrival : arrivals) {
+    decision.contributors.push_back(arrival.rank);
+    decision.weights.push_back(arrival.message.samples);
+    decision.samples += arrival.message.samples;
+  }
+  if (kind_ == ChannelKind::training && options_.required == size_ && !arrivals.empty()) {
+    const auto joined = std::count_if(ranks_.begin(), ranks_.end(), [](const RankState& rank) { return rank.joined; });
+    decision.samples += static_cast<double>(joined) * decision.samples / static_cast<double>(arrivals.size());
+  }
+  decision.metadata = arrivals.empty() ? "" : arrivals.front().message.metadata;
+  const ScriptedDecision* scripted = script_ ? script_->find(decision.step, decision.scope) : nullptr;
+  if (scripted && scripted->contributors == decision.contributors) {
+    decision.weights = scripted->weights;
+    decision.samples = std::accumulate(decision.weights.begin(), decision.weights.end(), 0.0);
+    decision.metadata = scripted->metadata;
+  }
+  decision.result.clear();
+  std::vector<std::string> payloads;
+  for (const Arrival& arrival : arrivals) {
+    if (arrival.message.payload.empty()) return;
+    payloads.push_back(arrival.message.payload);
+  }
+  if (out_.combine && !payloads.empty()) decision.result = out_.combine(decision, payloads);
+}
+
+// Whether late ranks can fetch the update. Who has stopped is waited for no longer than expected.
+bool ChannelBook::is_kept(const Slot& slot, TimeUs now) {
+  if (slot.decision->votes && !slot.is_final) return false;
+  if (slot.attempt.kept_by_all()) return true;
+  if (!is_replaceable() || !slot.attempt.kept()) return false;
+  if (now >= slot.attempt.overdue_at()) return true;
+  look_again(slot.attempt.overdue_at());
+  return false;
+}
+
+bool ChannelBook::watch_attempts(TimeUs now) {
+  bool changed = false;
+  for (auto& [key, slot] : slots_) {
+    const bool is_open = slot.decision && slot.decision->votes && !slot.is_final;
+    if (is_open || slot.broken) changed = watch(slot, now) || changed;
+  }
+  return changed;
+}
+
+// Ends the attempt, if it is complete or can go on without whom it waits for. Returns whether anything has changed.
+bool ChannelBook::watch(Slot& slot, TimeUs now) {
+  const Decision& decision = *slot.decision;
+  if (slot.broken) return begin_next_attempt(slot, {}, "", now);
+  if (slot.attempt.complete()) {
+    if (decision.attempt == 0) transfer_time_.measured(now - slot.attempt.began());
+    make_final(slot, {}, now);
+    return true;
+  }
+  for (const int rank : slot.attempt.ask(now)) {
+    out_.replies.push_back({rank, Probe{id_, decision.step, decision.scope, decision.attempt}});
+  }
+  const Suspicion suspicion = slot.attempt.suspicion(now);
+  if (suspicion.look_again) look_again(*suspicion.look_again);
+  if (suspicion.ranks.empty()) return false;
+  const int holders = std::min(2, decision.required);  // so that the update survives one more
+  if (!slot.attempt.complete_without(suspicion.ranks, holders)) {
+    return begin_next_attempt(slot, suspicion.ranks, suspicion.reason, now);
+  }
+  Record stopped = record(Record::Event::stopped, now);
+  stopped.step = decision.step;
+  stopped.scope = decision.scope;
+  stopped.attempt = decision.attempt;
+  stopped.ranks = suspicion.ranks;
+  stopped.reason = suspicion.reason + "; the others have the whole update";
+  out_.records.push_back(stopped);
+  make_final(slot, suspicion.ranks, now);
+  return true;
+}
+
+// Among the contributors without the suspects, and those who have arrived since: they can't go on without this very
+// update, so their gradients are still there. With fewer than N nothing changes as long as others can come; but whoever
+// has withdrawn has left, and is not waited for.
+bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const std::string& reason, TimeUs now) {
+  Decision& decision = *slot.decision;
+  std::vector<bool> is_in(static_cast<std::size_t>(size_), false);
+  std::vector<Arrival> arrivals, given_up;
+  for (const Arrival& arrival : slot.arrivals) {
+    const bool suspected = std::binary_search(suspects.begin(), suspects.end(), arrival.rank);
+    (suspected ? given_up : arrivals).push_back(arrival);
+    is_in[static_cast<std::size_t>(arrival.rank)] = !suspected;
+  }
+  for (const Arrival& arrival : slot.latecomers) {
+    if (gone_[static_cast<std::size_t>(arrival.rank)]) continue;
+    arrivals.push_back(arrival);
+    is_in[static_cast<std::size_t>(arrival.rank)] = true;
+  }
+  int others = 0;
+  for (int r = 0; r < size_; ++r) others += !is_in[static_cast<std::size_t>(r)] && able(r) ? 1 : 0;
+  const int count = static_cast<int>(arrivals.size());
+  slot.is_short = !slot.broken && count < needed_arrivals(decision.required, count, others);
+  if (slot.is_short) return false;
+  if (!given_up.empty()) put_replaced_on_record(slot, suspects, reason, now);
+  for (const Arrival& arrival : slot.latecomers) {
+    if (is_in[static_cast<std::size_t>(arrival.rank)]) ranks_[static_cast<std::size_t>(arrival.rank)].misses = 0;
+  }
+  std::erase_if(slot.latecomers, [&](const Arrival& each) { return is_in[static_cast<std::size_t>(each.rank)]; });
+  for (const Arrival& arrival : given_up) {
+    RankState& rank = ranks_[static_cast<std::size_t>(arrival.rank)];
+    rank.misses = std::max(rank.misses, 1);
+    rank.on_time = false;
+    slot.latecomers.push_back(arrival);  // should it go on in time
+    tell_late(arrival.rank, decision.step, decision.scope);
+  }
+  slot.arrivals = std::move(arrivals);
+  ++decision.attempt;
+  begin_attempt(slot, reason.empty() ? "the next attempt" : "the next attempt: " + reason, now);
+  for (const Arrival& arrival : slot.arrivals)
+    answer(arrival.rank, now);  // who stands in does not wait for it any more
+  return true;
+}
+
+void ChannelBook::put_replaced_on_record(const Slot& slot, const Ranks& ranks, const std::string& reason, TimeUs now) {
+  Record replaced = record(Record::Event::replaced, now);
+  replaced.step = slot.decision->step;
+  replaced.scope = slot.decision->scope;
+  replaced.attempt = slot.decision->attempt + 1;
+  replaced.ranks = ranks;
+  replaced.reason = reason;
+  out_.records.push_back(replaced);
+}
+
+// stopped: contributors that do not have it. The update is what they have contributed to, but they fetch it like late
+// ranks.
+void ChannelBook::make_final(Slot& slot, const Ranks& stopped, TimeUs now) {
+  const Decision& decision = *slot.decision;
+  slot.is_final = true;
+  for (const int contributor : decision.contributors) {
+    RankState& rank = ranks_[static_cast<std::size_t>(contributor)];
+    if (std::binary_search(stopped.begin(), stopped.end(), contributor)) {
+      rank.misses = std::max(rank.misses, 1);
+      rank.on_time = false;
+      tell_late(contributor, decision.step, decision.scope);
+      continue;
+    }
+    rank.began = now;
+    rank.reached = std::max(rank.reached, decision.step + 1);
+    out_.replies.push_back(
+        {contributor, Final{id_, decision.step, decision.scope, decision.attempt, stopped, outlook_for(contributor)}});
+  }
+  for (const Arrival& arrival : slot.latecomers) {
+    put_drop_on_record(arrival.rank, arrival.message, arrival.at, now, "decided without it");
+  }
+  slot.latecomers.clear();
+}
+
+// The rank takes part in an attempt at this step that is not final.
+bool ChannelBook::contributes(int rank, Step step) const {
+  return std::any_of(slots_.lower_bound({step, 0}), slots_.lower_bound({step + 1, 0}), [rank](const auto& entry) {
+    const Slot& slot = entry.second;
+    if (!slot.decision || !slot.decision->votes || slot.is_final) return false;
+    const Ranks& contributors = slot.decision->contributors;
+    return std::binary_search(contributors.begin(), contributors.end(), rank);
+  });
+}
+
+// An attempt at this step is given up, and this rank could contribute to the next one.
+bool ChannelBook::lacks(Step step, int rank) const {
+  if (kind_ != ChannelKind::training || ranks_[static_cast<std::size_t>(rank)].arrived >= step || !able(rank)) {
+    return false;
+  }
+  return std::any_of(slots_.lower_bound({step, 0}), slots_.lower_bound({step + 1, 0}),
+                     [](const auto& entry) { return entry.second.is_short && !entry.second.is_final; });
+}
+
+}  // namespace hvd_backup
