@@ -182,8 +182,8 @@ void NodeExchange::release_block(std::size_t index) {
   outgoing_.pop_back();
 }
 
-// What was taken back consumes its receive, too: the sender has ended all with this tag, and what it had announced before
-// and after stays with the receives that it belongs to.
+// What was taken back consumes its receive, too: the sender has ended all with this tag, and what else it had announced
+// stays with the receives that it belongs to.
 void NodeExchange::deliver(std::size_t peer, std::optional<Match> match) {
   if (!match) return;
   auto& [announcement, receive] = *match;
