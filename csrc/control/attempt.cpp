@@ -24,7 +24,7 @@ Attempt::Attempt(const Ranks& contributors, TimeUs now, TimeUs patience_us)
 
 bool Attempt::done(int rank, bool kept, TimeUs now) {
   if (!std::binary_search(contributors_.begin(), contributors_.end(), rank)) return false;
-  if (kept) kept_[rank] = true;
+  if (kept) kept_.insert(rank);
   return done_.emplace(rank, now).second;
 }
 

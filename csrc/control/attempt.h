@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "base/clock.h"
@@ -47,7 +48,7 @@ class Attempt {
 
   // Returns whether that is news.
   bool done(int rank, bool kept, TimeUs now);
-  void kept(int rank) { kept_[rank] = true; }
+  void kept(int rank) { kept_.insert(rank); }
   void answered(int rank, const Progress& progress, TimeUs now);
 
   TimeUs began() const { return began_; }
@@ -78,7 +79,7 @@ class Attempt {
   TimeUs began_ = 0;
   TimeUs patience_us_ = 0;
   std::map<int, TimeUs> done_;
-  std::map<int, bool> kept_;
+  std::set<int> kept_;
   std::map<int, Question> asked_;
 };
 

@@ -110,13 +110,8 @@ bool ChannelBook::watch(Slot& slot, TimeUs now) {
   if (!slot.attempt.complete_without(suspicion.ranks, holders)) {
     return begin_next_attempt(slot, suspicion.ranks, suspicion.reason, now);
   }
-  Record stopped = record(Record::Event::stopped, now);
-  stopped.step = decision.step;
-  stopped.scope = decision.scope;
-  stopped.attempt = decision.attempt;
-  stopped.ranks = suspicion.ranks;
-  stopped.reason = suspicion.reason + "; the others have the whole update";
-  out_.records.push_back(stopped);
+  put_given_up_on_record(Record::Event::stopped, slot, suspicion.ranks,
+                         suspicion.reason + "; the others have the whole update", now);
   make_final(slot, suspicion.ranks, now);
   return true;
 }
@@ -143,17 +138,14 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
   const int count = static_cast<int>(arrivals.size());
   slot.is_short = !slot.broken && count < needed_arrivals(decision.required, count, others);
   if (slot.is_short) return false;
-  if (!given_up.empty()) put_replaced_on_record(slot, suspects, reason, now);
+  if (!given_up.empty()) put_given_up_on_record(Record::Event::replaced, slot, suspects, reason, now);
   for (const Arrival& arrival : slot.latecomers) {
     if (is_in[static_cast<std::size_t>(arrival.rank)]) ranks_[static_cast<std::size_t>(arrival.rank)].misses = 0;
   }
   std::erase_if(slot.latecomers, [&](const Arrival& each) { return is_in[static_cast<std::size_t>(each.rank)]; });
   for (const Arrival& arrival : given_up) {
-    RankState& rank = ranks_[static_cast<std::size_t>(arrival.rank)];
-    rank.misses = std::max(rank.misses, 1);
-    rank.on_time = false;
     slot.latecomers.push_back(arrival);  // should it go on in time
-    tell_late(arrival.rank, decision.step, decision.scope);
+    falls_behind(arrival.rank, decision);
   }
   slot.arrivals = std::move(arrivals);
   ++decision.attempt;
@@ -163,14 +155,24 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
   return true;
 }
 
-void ChannelBook::put_replaced_on_record(const Slot& slot, const Ranks& ranks, const std::string& reason, TimeUs now) {
-  Record replaced = record(Record::Event::replaced, now);
-  replaced.step = slot.decision->step;
-  replaced.scope = slot.decision->scope;
-  replaced.attempt = slot.decision->attempt + 1;
-  replaced.ranks = ranks;
-  replaced.reason = reason;
-  out_.records.push_back(replaced);
+// event: replaced (in the next attempt) or stopped (this one is final without them).
+void ChannelBook::put_given_up_on_record(Record::Event event, const Slot& slot, const Ranks& ranks,
+                                         const std::string& reason, TimeUs now) {
+  Record given_up = record(event, now);
+  given_up.step = slot.decision->step;
+  given_up.scope = slot.decision->scope;
+  given_up.attempt = slot.decision->attempt + (event == Record::Event::replaced ? 1 : 0);
+  given_up.ranks = ranks;
+  given_up.reason = reason;
+  out_.records.push_back(given_up);
+}
+
+// The others go on without this contributor, for which it counts as late.
+void ChannelBook::falls_behind(int rank, const Decision& decision) {
+  RankState& state = ranks_[static_cast<std::size_t>(rank)];
+  state.misses = std::max(state.misses, 1);
+  state.on_time = false;
+  tell_late(rank, decision.step, decision.scope);
 }
 
 // stopped: contributors that do not have it. The update is what they have contributed to, but they fetch it like late
@@ -179,13 +181,11 @@ void ChannelBook::make_final(Slot& slot, const Ranks& stopped, TimeUs now) {
   const Decision& decision = *slot.decision;
   slot.is_final = true;
   for (const int contributor : decision.contributors) {
-    RankState& rank = ranks_[static_cast<std::size_t>(contributor)];
     if (std::binary_search(stopped.begin(), stopped.end(), contributor)) {
-      rank.misses = std::max(rank.misses, 1);
-      rank.on_time = false;
-      tell_late(contributor, decision.step, decision.scope);
+      falls_behind(contributor, decision);
       continue;
     }
+    RankState& rank = ranks_[static_cast<std::size_t>(contributor)];
     rank.began = now;
     rank.reached = std::max(rank.reached, decision.step + 1);
     out_.replies.push_back(

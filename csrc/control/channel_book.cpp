@@ -101,7 +101,6 @@ void ChannelBook::settle(TimeUs now) {
   if (failure_.empty()) {
     while (watch_attempts(now) || close_round_if_ended(now) || decide_what_can(now)) {
     }
-    watch_attempts(now);  // of what has been decided now
     finish_steps(now);
   }
   for (int r = 0; r < size_; ++r) answer(r, now);

@@ -132,6 +132,7 @@ class ChannelBook {
   int required() const { return chooser_ ? chooser_->required() : options_.required; }
   bool able(int rank) const;
   Outlook outlook_for(int rank) const;
+  RankState& heard(int from, Step applied, int round);
   Step all_have() const;
   std::optional<std::string> held(TimeUs now);
   bool is_meeting(Step step) const;
@@ -149,7 +150,9 @@ class ChannelBook {
   bool watch_attempts(TimeUs now);
   bool watch(Slot& slot, TimeUs now);
   bool begin_next_attempt(Slot& slot, const Ranks& suspects, const std::string& reason, TimeUs now);
-  void put_replaced_on_record(const Slot& slot, const Ranks& ranks, const std::string& reason, TimeUs now);
+  void put_given_up_on_record(Record::Event event, const Slot& slot, const Ranks& ranks, const std::string& reason,
+                              TimeUs now);
+  void falls_behind(int rank, const Decision& decision);
   void make_final(Slot& slot, const Ranks& stopped, TimeUs now);
   bool is_kept(const Slot& slot, TimeUs now);
   bool contributes(int rank, Step step) const;
@@ -163,6 +166,7 @@ class ChannelBook {
   void dismiss_arrivals(TimeUs now, const std::string& reason);
   void look_again(TimeUs at);
   void watch_stall(TimeUs now);
+  void put_stall_on_record(TimeUs since, TimeUs now);
   bool is_waiting(int rank) const;
   std::string whereabouts(int rank) const;
   Record record(Record::Event event, TimeUs now) const;

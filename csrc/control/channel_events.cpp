@@ -79,11 +79,17 @@ void ChannelBook::complete_opening(TimeUs now) {
   }
 }
 
-void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
+// Where the sender is, as it has said.
+ChannelBook::RankState& ChannelBook::heard(int from, Step applied, int round) {
   RankState& rank = ranks_[static_cast<std::size_t>(from)];
-  rank.applied = std::max(rank.applied, message.base);
-  rank.reached = std::max(rank.reached, message.base);
-  rank.round = std::max(rank.round, message.round);
+  rank.applied = std::max(rank.applied, applied);
+  rank.reached = std::max(rank.reached, applied);
+  rank.round = std::max(rank.round, round);
+  return rank;
+}
+
+void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
+  RankState& rank = heard(from, message.base, message.round);
   rank.away = false;
   rank.paused = false;
   rank.arrived = message.step;
@@ -97,17 +103,13 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   buckets_ = message.buckets;
   const bool of_earlier_round = rounds_.is_over(message.round) && message.step >= rounds_.end_of(message.round);
   const auto found = slots_.find({message.step, message.scope});
-  if (found != slots_.end() && !in_vain && !of_earlier_round) {
-    Slot& slot = found->second;
-    if (slot.decision && slot.decision->votes && !slot.is_final) {  // whether it is dropped will be seen
-      rank.on_time = is_on_time(now - started, last_took_us_);
-      slot.latecomers.push_back({from, now, message});
-      tell_late(from, message.step, message.scope);
-      settle(now);
-      return;
-    }
-  }
-  if (rounds_.is_over(message.round)) {
+  const bool may_stand_in = found != slots_.end() && found->second.decision && found->second.decision->votes &&
+                            !found->second.is_final && !in_vain && !of_earlier_round;
+  if (may_stand_in) {  // whether it is dropped will be seen
+    rank.on_time = is_on_time(now - started, last_took_us_);
+    found->second.latecomers.push_back({from, now, message});
+    tell_late(from, message.step, message.scope);
+  } else if (rounds_.is_over(message.round)) {
     late(from, message, now, now, "its round is over");
   } else if (message.step < open_step_) {
     rank.on_time = message.step + 1 == open_step_ && is_on_time(now - started, last_took_us_);
@@ -152,7 +154,9 @@ void ChannelBook::withdraw(int from, const Withdraw& message, TimeUs now) {
   }
   // What came with the arrivals is summed already, and the others have it: unless there are no others.
   slot.broken = slot.decision->votes || slot.arrivals.empty();
-  if (slot.broken) put_replaced_on_record(slot, {from}, "rank " + std::to_string(from) + " has withdrawn", now);
+  if (slot.broken)
+    put_given_up_on_record(Record::Event::replaced, slot, {from}, "rank " + std::to_string(from) + " has withdrawn",
+                           now);
   settle(now);
 }
 
@@ -231,10 +235,7 @@ void ChannelBook::progress(int from, const Progress& message, TimeUs now) {
 }
 
 void ChannelBook::sync(int from, const Sync& message, TimeUs now) {
-  RankState& rank = ranks_[static_cast<std::size_t>(from)];
-  rank.applied = std::max(rank.applied, message.have);
-  rank.reached = std::max(rank.reached, message.have);
-  rank.round = std::max(rank.round, message.round);
+  RankState& rank = heard(from, message.have, message.round);
   rank.waiting = message;
   if (!rank.away && !rounds_.is_over(message.round) && message.have > rounds_.start() && is_meeting(message.have) &&
       rank.arrived < message.have) {

@@ -12,6 +12,19 @@ bool ChannelBook::is_waiting(int rank) const {
 }
 
 void ChannelBook::watch_stall(TimeUs now) {
+  bool somebody_waits = false;
+  std::int64_t opened = 0;
+  for (int r = 0; r < size_; ++r) {
+    somebody_waits = somebody_waits || is_waiting(r);
+    opened += ranks_[static_cast<std::size_t>(r)].opened ? 1 : 0;
+  }
+  const std::int64_t progress = 4 * (open_step_ + final_ + rounds_.current()) + opened;
+  const auto since = stall_check_.look(somebody_waits, progress, now);
+  if (const auto again = stall_check_.look_again()) look_again(*again);
+  if (since) put_stall_on_record(*since, now);
+}
+
+void ChannelBook::put_stall_on_record(TimeUs since, TimeUs now) {
   std::string waiting, others;
   Record stalled = record(Record::Event::stalled, now);
   for (int r = 0; r < size_; ++r) {
@@ -22,15 +35,9 @@ void ChannelBook::watch_stall(TimeUs now) {
       others += (others.empty() ? "rank " : "; rank ") + std::to_string(r) + " " + whereabouts(r);
     }
   }
-  std::int64_t opened = 0;
-  for (const RankState& rank : ranks_) opened += rank.opened ? 1 : 0;
-  const std::int64_t progress = 4 * (open_step_ + final_ + rounds_.current()) + opened;
-  const auto since = stall_check_.look(!stalled.ranks.empty(), progress, now);
-  if (const auto again = stall_check_.look_again()) look_again(*again);
-  if (!since) return;
   stalled.step = open_step_;
   stalled.reason = (stalled.ranks.size() == 1 ? "rank " + waiting + " has" : "ranks " + waiting + " have") +
-                   " waited for " + std::to_string((now - *since) / 1'000'000) + " s at step " +
+                   " waited for " + std::to_string((now - since) / 1'000'000) + " s at step " +
                    std::to_string(open_step_) +
                    (wait_for_all_ ? " for all ranks to create it" : " (N = " + std::to_string(required()) + ")") +
                    ": " + (others.empty() ? "all ranks wait, some of them for something else" : others);

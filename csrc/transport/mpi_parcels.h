@@ -28,8 +28,6 @@ class MpiParcels {
   void progress(std::vector<OnDone>* finished);
   std::size_t pending() const { return messages_.pending() + lanes_.request_count() + finished_.size(); }
 
-  void close() noexcept { messages_.close(); }
-
  private:
   struct Receive {
     std::span<std::byte> data;
