@@ -28,6 +28,12 @@ class Engine:
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def survives_losses(self) -> bool:
+        """Whether the others can go on when a process dies (MPI with ULFM)."""
+    @property
+    def lost(self) -> list[int]:
+        """The ranks whose processes have died, in the order in which rank 0 has noticed."""
     def open(
         self,
         name: str,

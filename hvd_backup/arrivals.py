@@ -11,7 +11,7 @@ hears that its gradient is ready: with arrive="first" the first bucket, so the r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,7 @@ class Arrivals:
         first: the first step, or the first of a round: what ranks did before is not known [S].
         catch_ups: in order.
         noise: of the updates that it was measured for.
+        died: the first step that a rank has not finished, because its process has died.
     """
 
     steps: NDArray[np.int64]
@@ -85,6 +86,7 @@ class Arrivals:
     first: Flags
     catch_ups: tuple[CatchUp, ...]
     noise: tuple[Noise, ...]
+    died: dict[int, int] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -149,6 +151,7 @@ def of(channel: ChannelRecording, size: int, last: int | None = None) -> Arrival
         took, arrived, contributed, dropped, weights, opened, decided, tail, required, first,
         tuple(_catch_ups(channel)),
         tuple(lines.noise[step] for step in numbers if step in lines.noise),
+        {line["ranks"][0]: line["step"] for line in channel.of("lost")},
     )  # fmt: skip
 
 

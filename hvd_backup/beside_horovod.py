@@ -38,7 +38,11 @@ class Horovod:
         """Why Horovod cannot be used in this process; empty when it can. Imports it, and starts nothing."""
         if self._module is None and not self._why_not:
             self._why_not = self._load()
-        return "HVD_BACKUP_HOROVOD=off" if _switched_off() else self._why_not
+        if _switched_off():
+            return "HVD_BACKUP_HOROVOD=off"
+        if context.is_initialized() and context.current().engine.survives_losses:
+            return "it ends when a process dies, which MPI survives in this run (--with-ft ulfm)"
+        return self._why_not
 
     def usable(self) -> bool:
         """Whether Horovod can be used."""

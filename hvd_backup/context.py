@@ -27,6 +27,7 @@ from hvd_backup.errors import ConfigError, HvdBackupError, NotInitializedError, 
 from hvd_backup.first_n import Collectives
 from hvd_backup.policy import Policy
 from hvd_backup.rendezvous import Rendezvous
+from hvd_backup.survivors import Survivors
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -75,7 +76,7 @@ class Context:
         local_rank, local_size: among the processes that share its memory (its node).
         cross_rank, cross_size: among the processes with the same local rank, one for each node.
         is_homogeneous: whether all nodes have as many processes.
-        comm: communicator of our own, for collectives that the training thread calls after `full_collective`.
+        comm: communicator of our own, of all ranks that have begun; see `full_collective` for those that are left.
         engine: the native engine.
         collectives: first_n_allreduce and allreduce, on addresses.
         config: the options, as the environment gave them.
@@ -113,7 +114,8 @@ class Context:
             replay.instruct(self.engine, recorded)
         comm.Barrier()  # nobody opens a channel before rank 0 knows what to decide
         self.collectives = Collectives(self.engine, config.journal_bytes, self.check_process)
-        self._rendezvous = Rendezvous(self.collectives, comm)
+        self._survivors = Survivors(comm, self.engine.survives_losses)
+        self._rendezvous = Rendezvous(self.collectives, self._survivors, lambda: self.engine.lost)
         self._participants: weakref.WeakSet[Any] = weakref.WeakSet()
         self._process = os.getpid()
 
@@ -157,11 +159,17 @@ class Context:
                     "follow(..., align_every=k), and call it only there; or call it after the loop"
                 )
 
-    def full_collective(self, what: str) -> None:
-        """To be called at the start of every collective on `comm`: returns when all ranks are in the same one.
+    def full_collective(self, what: str) -> Survivors:
+        """To be called at the start of every collective of MPI: returns when all ranks are in the same one.
+
+            with here.full_collective(f"allgather({...})") as left:
+                left.comm.allgather(...)
 
         Args:
             what: names the collective with all that must be equal on all ranks, as "barrier()".
+
+        Returns:
+            The ranks that are left: where MPI survives the death of a process, not always all.
 
         Raises:
             UsageError: on every rank, when the ranks do not mean the same collective; or as `before_full_collective`.
@@ -169,7 +177,7 @@ class Context:
         """
         self.check_process()
         self.before_full_collective(what)
-        self._rendezvous.meet(what)
+        return self._rendezvous.meet(what)
 
     def check_process(self) -> None:
         """Raises UsageError in a forked child: there is no engine thread, so whatever waits for it waits for ever."""
@@ -234,10 +242,11 @@ class Context:
         if not finalizing:
             # A rank that returns from here may have MPI finalised on all of them, so everything but this is done by
             # then; the communicator is freed by the next init(), or with MPI.
-            met, deadline = self.comm.Ibarrier(), time.monotonic() + PATIENCE_S
-            while not met.Test() and time.monotonic() < deadline:
-                time.sleep(0.0002)
-            _retired.append(self.comm)
+            if not self.engine.lost:
+                met, deadline = self.comm.Ibarrier(), time.monotonic() + PATIENCE_S
+                while not met.Test() and time.monotonic() < deadline:
+                    time.sleep(0.0002)
+            _retired.extend(self._survivors.communicators())
 
     def straggler_report(self, channel: str | None = None, last: int | None = None) -> stragglers.StragglerReport:
         """See `hvd_backup.stragglers.report`; empty on other ranks than 0."""

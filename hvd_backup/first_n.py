@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hvd_backup import _core
+from hvd_backup import _core, failures
 from hvd_backup.errors import HvdBackupError, UsageError
 from hvd_backup.policy import journal_depth
 
@@ -100,7 +100,8 @@ class Handle:
             HvdBackupError: the ranks differ in what they called, or a rank that is needed has left.
         """
         if not self._ended:
-            contributors = self._line.take()
+            with failures.reported():
+                contributors = self._line.take()
             self._ended = True
             self._keep = None
             self._outcome = contributors if self._finish is None else self._finish(contributors)

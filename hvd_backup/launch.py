@@ -35,11 +35,16 @@ class Launcher:
     path: str
     dialect: str
 
-    def command(self, ranks: int, program: Sequence[str]) -> list[str]:
-        """The command line that runs `program` on `ranks` ranks of this machine, more ranks than cores included."""
+    def command(self, ranks: int, program: Sequence[str], survive_losses: bool = False) -> list[str]:
+        """The command line that runs `program` on `ranks` ranks of this machine, more ranks than cores included.
+
+        survive_losses: the others go on when a process dies (ULFM).
+        """
         if ranks < 1:
             raise LaunchError(f"cannot start {ranks} ranks: give at least 1")
-        flags = ["-n", str(ranks)]
+        if survive_losses and self.dialect != "openmpi5":
+            raise LaunchError(f"{self.path} ends all ranks when one dies: that they go on takes Open MPI 5")
+        flags = ["-n", str(ranks), *(["--with-ft", "ulfm"] if survive_losses else [])]
         if self.dialect == "openmpi5":
             flags += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
         elif self.dialect == "openmpi4":
@@ -105,6 +110,7 @@ def start(
     cwd: str | Path | None = None,
     stdout: int | IO[str] | None = None,
     stderr: int | IO[str] | None = None,
+    survive_losses: bool = False,
 ) -> subprocess.Popen[str]:
     """Starts `program` on `ranks` ranks and returns at once; end it with `stop`.
 
@@ -116,8 +122,9 @@ def start(
         env: variables to set in the ranks beside those of this process.
         cwd: working directory of the ranks.
         stdout, stderr: as in subprocess.Popen.
+        survive_losses: see `Launcher.command`.
     """
-    command = find_launcher().command(ranks, program)
+    command = find_launcher().command(ranks, program, survive_losses)
     with _SignalsWait() as signals:
         job = subprocess.Popen(
             command,

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from hvd_backup import byte_collectives, context, numpy_buffers
 from hvd_backup.context import init, is_initialized, shutdown, straggler_report
 from hvd_backup.errors import UsageError
+from hvd_backup.failures import on_failure
 from hvd_backup.first_n import Handle, ReduceOp, Signature, checked_handle, contributors_wanted
 from hvd_backup.numpy_buffers import as_buffer, bytes_of, signature_of
 
@@ -54,6 +55,7 @@ __all__ = [
     "local_size",
     "mpi_enabled",
     "mpi_threads_supported",
+    "on_failure",
     "poll",
     "rank",
     "shutdown",
@@ -194,8 +196,8 @@ def allreduce(tensor: ArrayLike, name: str | None = None, op: ReduceOp = Average
             f"allreduce(op={op!r}) of dtype {array.dtype}: expected Average, Sum, Min, Max or Product, of numbers"
         )
     here = context.current()
-    here.full_collective(f"allreduce({signature_of(array)}, op={op.name}, name={name!r})")
-    return numpy_buffers.reduce_over_mpi(here.comm, array, op)
+    with here.full_collective(f"allreduce({signature_of(array)}, op={op.name}, name={name!r})") as left:
+        return numpy_buffers.reduce_over_mpi(left.comm, array, op)
 
 
 def allreduce_async(tensor: ArrayLike, name: str | None = None, op: ReduceOp = Average) -> Handle:
@@ -224,12 +226,13 @@ def allgather(tensor: ArrayLike, name: str | None = None) -> NDArray[Any]:
     if array.ndim == 0:
         array = array.reshape(1)
     here = context.current()
-    here.full_collective(f"allgather({signature_of(array, first='any')}, name={name!r})")
-    lengths = here.comm.allgather(len(array))
     row: tuple[int, ...] = array.shape[1:]
     row_bytes = math.prod(row) * array.dtype.itemsize
-    result: NDArray[Any] = np.empty((sum(lengths), *row), array.dtype)
-    byte_collectives.allgather(here.comm, bytes_of(array), bytes_of(result), [length * row_bytes for length in lengths])
+    with here.full_collective(f"allgather({signature_of(array, first='any')}, name={name!r})") as left:
+        lengths = left.comm.allgather(len(array))
+        result: NDArray[Any] = np.empty((sum(lengths), *row), array.dtype)
+        byte_lengths = [length * row_bytes for length in lengths]
+        byte_collectives.allgather(left.comm, bytes_of(array), bytes_of(result), byte_lengths)
     return result
 
 
@@ -244,9 +247,9 @@ def broadcast(tensor: ArrayLike, root_rank: int, name: str | None = None) -> NDA
     array = as_buffer("broadcast", tensor, name)
     here = context.current()
     root = here.root(root_rank)
-    here.full_collective(f"broadcast({signature_of(array)}, root_rank={root}, name={name!r})")
     result: NDArray[Any] = array.copy()
-    byte_collectives.broadcast(here.comm, bytes_of(result), root)
+    with here.full_collective(f"broadcast({signature_of(array)}, root_rank={root}, name={name!r})") as left:
+        byte_collectives.broadcast(left.comm, bytes_of(result), left.place_of(root))
     return result
 
 
@@ -255,17 +258,17 @@ def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> A
     here = context.current()
     root = here.root(root_rank)
     data = byte_collectives.pickled(obj) if here.rank == root else b""  # may raise: before the others wait for it
-    here.full_collective(f"broadcast_object(root_rank={root}, name={name!r})")
-    everybodys = byte_collectives.broadcast_pickled(here.comm, data, root)
+    with here.full_collective(f"broadcast_object(root_rank={root}, name={name!r})") as left:
+        everybodys = byte_collectives.broadcast_pickled(left.comm, data, left.place_of(root))
     return obj if here.rank == root else everybodys
 
 
 def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
-    """The objects of all ranks, by rank. Each must pickle."""
+    """The objects of all ranks, in the order of ranks. Each must pickle."""
     here = context.current()
     data = byte_collectives.pickled(obj)  # may raise: before the others wait for it
-    here.full_collective(f"allgather_object(name={name!r})")
-    return byte_collectives.allgather_pickled(here.comm, data)
+    with here.full_collective(f"allgather_object(name={name!r})") as left:
+        return byte_collectives.allgather_pickled(left.comm, data)
 
 
 def barrier() -> None:

@@ -9,35 +9,35 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from hvd_backup.errors import UsageError
 from hvd_backup.first_n import Collectives, ReduceOp, Signature
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
+from hvd_backup.survivors import Survivors
 
 __all__ = ["Rendezvous", "describe_difference"]
 
 
 class Rendezvous:
-    """Where the ranks of `comm` meet."""
+    """Where all ranks meet that are left."""
 
-    def __init__(self, collectives: Collectives, comm: MPI.Intracomm) -> None:
+    def __init__(self, collectives: Collectives, survivors: Survivors, lost: Callable[[], list[int]]) -> None:
+        """survivors: all ranks, as yet. lost: which ranks have died."""
         self._collectives = collectives
-        self._comm = comm
-        self._rank = comm.Get_rank()
-        self._size = comm.Get_size()
+        self._survivors = survivors
+        self._lost = lost
+        self._rank = survivors.comm.Get_rank()
+        self._size = survivors.comm.Get_size()
 
-    def meet(self, what: str) -> None:
-        """Returns when every rank is in `what`.
+    def meet(self, what: str) -> Survivors:
+        """Returns when every rank that is left is in `what`: these ranks.
 
         Raises:
             UsageError: on every rank, when some are in something else; or when some have joined.
             HvdBackupError: a rank has left the program.
         """
         if self._size == 1:
-            return
+            return self._survivors
         mine = array("q", bytes(8 * self._size))
         mine[self._rank] = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "big")
         everybody = array("q", bytes(8 * self._size))
@@ -49,18 +49,20 @@ class Rendezvous:
             keep=(mine, everybody),
             wait_follows=True,
         )
-        contributors = handle.wait()
-        if len(contributors) < self._size:
-            joined = sorted(set(range(self._size)) - set(contributors))
-            raise UsageError(f"{what} needs all ranks, but {_ranks(joined)} called join(): call it after that")
-        if len(set(everybody)) > 1:
-            raise UsageError(describe_difference(self._comm.allgather(what)))
+        contributors = sorted(handle.wait())
+        if len(contributors) < self._size and (joined := set(range(self._size)) - {*contributors, *self._lost()}):
+            raise UsageError(f"{what} needs all ranks, but {_ranks(sorted(joined))} called join(): call it after that")
+        self._survivors.are(contributors)
+        if len({everybody[rank] for rank in contributors}) > 1:
+            with self._survivors as left:
+                raise UsageError(describe_difference(dict(zip(left.ranks, left.comm.allgather(what), strict=True))))
+        return self._survivors
 
 
-def describe_difference(meanings: list[str]) -> str:
-    """What is wrong when rank i is in `meanings[i]`."""
+def describe_difference(meanings: dict[int, str]) -> str:
+    """What is wrong when a rank is in what it says. meanings: by rank."""
     groups: dict[str, list[int]] = {}
-    for rank, what in enumerate(meanings):
+    for rank, what in meanings.items():
         groups.setdefault(what, []).append(rank)
     told = "; ".join(f"{_ranks(ranks)}: {what}" for what, ranks in groups.items())
     return f"the ranks are in different collectives, which must be called by all in the same order: {told}"

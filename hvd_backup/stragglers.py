@@ -34,8 +34,9 @@ class RankReport:
 
     Attributes:
         rank: its number.
-        late: share of the steps in which it was late: it arrived more than 25 % of a median step after the middle rank,
-            or did not compute the step at all because it was still busy with an older one. 0..1.
+        late: share of the steps in which it was late, as long as its process lived: it arrived more than 25 % of a
+            median step after the middle rank, or did not compute the step at all because it was still busy with an
+            older one. 0..1.
         lateness_s: seconds after the middle rank, at the 50th, 90th and 99th percentile and at most, over the steps
             that it computed.
         took_s: median seconds that it computes a step.
@@ -44,7 +45,7 @@ class RankReport:
         data: its share of all samples that updates were made of, relative to its due (1/n): 1 is fair.
         dropped: gradients that were not used.
         catch_ups, catch_up_s: how often it was late and went on, and how many seconds that took in all.
-        verdict: "on time", "slow at times" or "always slow".
+        verdict: "on time", "slow at times" or "always slow"; "died at step k", for good.
         starved: its share of the updates is under half of its due.
     """
 
@@ -60,6 +61,11 @@ class RankReport:
     catch_up_s: float
     verdict: str
     starved: bool
+
+    @property
+    def died(self) -> bool:
+        """Its process has died."""
+        return self.verdict.startswith("died")
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,9 @@ class StragglerReport:
         """One line."""
         if not self.updates:
             return "no updates yet" if self.size else "what is recorded is kept on rank 0: ask there"
-        late = [f"rank {r.rank} is {r.verdict} (late at {r.late:.0%} of them)" for r in self.slow[:3]]
-        more = len(self.slow) - len(late)
+        slow = [r for r in self.slow if not r.died]
+        late = [f"rank {r.rank} is {r.verdict} (late at {r.late:.0%} of them)" for r in slow[:3]]
+        more = len(slow) - len(late)
         newest = " (the newest)" if self.first_step > 0 else ""
         starved = ", ".join(str(r.rank) for r in self.ranks if r.starved)
         dropped = sum(rank.dropped for rank in self.ranks)
@@ -103,6 +110,7 @@ class StragglerReport:
                 f"N = {self.required} of {self.size}",
                 *(late or ["nobody is slow"]),
                 *([f"and {more} more ranks"] if more else []),
+                *(f"rank {r.rank} {r.verdict}" for r in self.ranks if r.died),
                 f"{self.waited:.0%} of the time waiting for others",
                 *([f"{dropped} gradients dropped"] if dropped else []),
                 *([f"warning: the data of rank {starved} is hardly learned from"] if starved else []),
@@ -222,7 +230,9 @@ def _rank(times: Arrivals, rank: int, waits: arrivals.Floats, step_s: float) -> 
     lateness = times.lateness[:, rank]
     computed = lateness[~np.isnan(lateness) & ~times.first]
     missed = np.isnan(times.arrived[:, rank])
-    late = float(np.mean((lateness > LATE * step_s) | missed))
+    died = times.died.get(rank)
+    alive = times.steps < (math.inf if died is None else died)
+    late = float(np.mean(((lateness > LATE * step_s) | missed)[alive])) if alive.any() else 0.0
     contributed = float(np.mean(times.contributed[:, rank]))
     due = float(np.mean(times.contributed))
     catch_ups = [found for found in times.catch_ups if found.rank == rank and found.missed >= times.steps[0]]
@@ -239,9 +249,15 @@ def _rank(times: Arrivals, rank: int, waits: arrivals.Floats, step_s: float) -> 
         dropped=int(np.sum(times.dropped[:, rank])),
         catch_ups=len(catch_ups),
         catch_up_s=sum(found.seconds for found in catch_ups),
-        verdict="always slow" if late > ALWAYS else "slow at times" if late > SOMETIMES else "on time",
-        starved=contributed < STARVED * due,
+        verdict=_verdict(late, died),
+        starved=died is None and contributed < STARVED * due,
     )
+
+
+def _verdict(late: float, died: int | None) -> str:
+    if died is not None:
+        return f"died at step {died}"
+    return "always slow" if late > ALWAYS else "slow at times" if late > SOMETIMES else "on time"
 
 
 def _median(values: arrivals.Floats) -> float:

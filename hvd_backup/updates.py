@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from hvd_backup import context
+from hvd_backup import context, failures
 from hvd_backup._core import Channel, Update
 from hvd_backup.applied import AppliedUpdate, describe_update, no_update_yet
 from hvd_backup.context import Context
@@ -267,7 +267,7 @@ class UpdateStream:
         used = [False] * self._gradient_buckets
         self._caught_up = 0
         self._own = None
-        while (update := channel.wait()).kind == "update":
+        while (update := self._next(channel)).kind == "update":
             if update.step == base:
                 used = self._by_bucket(update, lambda ranks: self._place.rank in ranks)
             if update.contributed:
@@ -303,7 +303,7 @@ class UpdateStream:
         channel = self.opened
         with self._framework.outside_step():
             self._caught_up = 0
-            while (update := channel.wait()).kind == "update":
+            while (update := self._next(channel)).kind == "update":
                 self._apply(update)
                 if one:
                     break
@@ -323,6 +323,10 @@ class UpdateStream:
         verdicts = [holds(ranks) for ranks in update.contributors[: self._gradient_scopes]]
         return verdicts if self.policy.scope == "bucket" else verdicts * self._gradient_buckets
 
+    def _next(self, channel: Channel) -> Update:
+        with failures.reported():
+            return channel.wait()
+
     def _apply(self, update: Update) -> None:
         self._load(update, settled=self._holds)
         self._apply_loaded(update)
@@ -336,15 +340,16 @@ class UpdateStream:
     def _apply_loaded(self, update: Update) -> None:
         means = self._metrics.means(has_result=len(update.contributors[-1]) > 0)
         applied = describe_update(update, self._earlier_steps, self._gradient_scopes, self._caught_up, means)
-        self._torn = _torn(update)
-        for function in self.before_update:
-            function(applied)
-        self._framework.apply()
-        self.last_update = applied
-        for function in self.after_update:
-            function(applied)
-        self._framework.applied()
-        self._torn = ""
+        with failures.unbroken():
+            self._torn = _torn(update)
+            for function in self.before_update:
+                function(applied)
+            self._framework.apply()
+            self.last_update = applied
+            for function in self.after_update:
+                function(applied)
+            self._framework.applied()
+            self._torn = ""
 
 
 def _torn(update: Update) -> str:

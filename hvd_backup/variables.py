@@ -32,8 +32,8 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int = 0, process_se
     root = here.root(root_rank)
     pairs = [(variable, np.array(variable.numpy(), order="C")) for variable in variables]
     told = ", ".join(f"{value.shape} {value.dtype.name}" for _, value in pairs)
-    here.full_collective(f"broadcast_variables({told}, root_rank={root})")
-    for variable, value in pairs:
-        byte_collectives.broadcast(here.comm, bytes_of(value), root)
-        if here.rank != root:
-            variable.assign(value)
+    with here.full_collective(f"broadcast_variables({told}, root_rank={root})") as left:
+        for variable, value in pairs:
+            byte_collectives.broadcast(left.comm, bytes_of(value), left.place_of(root))
+            if here.rank != root:
+                variable.assign(value)

@@ -280,6 +280,9 @@ class Rank:
         self.program: Program | None = None
         self.ready = True  # the program can go on
         self.stopped = False
+        self.dead = False  # and stopped for ever; found_dead: the coordinator knows
+        self.found_dead = False
         self.joined = False
         self.left = False
         self.all_gone = False
+        self.lost: set[int] = set()  # whose process has died, as it was told

@@ -61,6 +61,36 @@ def run_with_one_stopped(plan: Plan, choices: list[int], bug: Bug | None = None)
     return world
 
 
+def run_with_one_killed(plan: Plan, choices: list[int], bug: Bug | None = None) -> World | None:
+    """A rank dies at any moment: what it has sent may have arrived or not, and it is some time before that is known.
+
+    Everything comes to its end all the same, be it that a channel fails because too few are left.
+    """
+    world = plan.world(bug)
+    if plan.size < 2:
+        return None
+    victim, dies_at = 1 + choices[0] % (plan.size - 1), choices[-1] % min(len(choices), 400)
+    with reported(plan, world):
+        for turn, choice in enumerate(choices[:600]):
+            if turn == dies_at:
+                world.kill(victim, choice)
+            if not world.step(choice):
+                break
+        world.settle()
+        world.check_end()
+    return world
+
+
+def run_without_one(plan: Plan, choices: list[int], bug: Bug | None = None) -> World | None:
+    """As run_with_one_killed, of a plan for which N ranks are enough: the others see it through (I4)."""
+    world = run_with_one_killed(plan, choices, bug)
+    with reported(plan, world or plan.world()):
+        for rank in world.ranks if world else ():
+            for line in rank.lines.values():
+                check(not line.failure, f"I4: rank {rank.rank} fails: {line.failure}")
+    return world
+
+
 def is_training(rank: Rank, channels: int) -> bool:
     """All its channels are open, and it has applied something in each."""
     return len(rank.lines) == channels and all(line.history for line in rank.lines.values())
@@ -87,6 +117,9 @@ KINDS: dict[str, tuple[Callable[[Random], Plan], Run]] = {
     "failing": (control_plans.failing, run),
     "collectives": (control_plans.collectives, run),
     "one stopped": (control_plans.without_one, run_with_one_stopped),
+    "one killed": (control_plans.without_one, run_without_one),
+    "killed in training": (control_plans.training, run_with_one_killed),
+    "killed in collectives": (control_plans.collectives, run_with_one_killed),
 }
 
 

@@ -10,9 +10,9 @@ Said = list[tuple[int, dict[str, Any]]]
 class Talk:
     """A coordinator, and ranks that say one thing at a time. `now` is the clock, in microseconds."""
 
-    def __init__(self, size: int, stall_check_us: int = 0) -> None:
+    def __init__(self, size: int, stall_check_us: int = 0, survives_losses: bool = False) -> None:
         self.size = size
-        self.coordinator = Coordinator(size, stall_check_us)
+        self.coordinator = Coordinator(size, stall_check_us, survives_losses)
         self.now = 0
         self.records: list[dict[str, Any]] = []
 
@@ -21,6 +21,14 @@ class Talk:
             fields = {"kept": True} | fields
         self.coordinator.receive(rank, compose(kind, **fields), self.now)
         return self.hear()
+
+    def lose(self, rank: int) -> Said:
+        """Its process dies; returns what is said besides that, of which every other rank is told first."""
+        self.coordinator.lost(rank, self.now)
+        said = self.hear()
+        told = [to for to, body in said[: self.size - 1] if body == {"message": "Lost", "rank": rank}]
+        assert rank not in told and len(told) >= self.size - 2
+        return [each for each in said if each[1]["message"] != "Lost"]
 
     def tick(self) -> Said:
         self.coordinator.tick(self.now)

@@ -47,7 +47,7 @@ class World:
         self.size = size
         self.bug = bug
         self.specs = {spec.name: spec for spec in specs}
-        self.coordinator = Coordinator(size)
+        self.coordinator = Coordinator(size, survives_losses=True)
         self.now = 1_000_000
         self.ranks = [Rank(rank) for rank in range(size)]
         self.log: list[object] = []  # see text()
@@ -81,7 +81,7 @@ class World:
         here = self._barriers.setdefault(where, set())
         here.add(rank)
         self._wake()
-        return lambda: all(other.rank in here or other.left for other in self.ranks)
+        return lambda: all(other.rank in here or other.left or other.found_dead for other in self.ranks)
 
     def apply(self, name: str, applied: Applied) -> Applied:
         """I1: what a rank applies is what all others have applied in this step, or will."""
@@ -105,7 +105,8 @@ class World:
         """One event, picked by the number; one in RARE is a rare one. False: nothing can happen any more."""
         choice, rare = choice // RARE, choice % RARE == RARE - 1
         events = self._events()
-        if not events and self.coordinator.next_deadline() is None and not any(rank.stopped for rank in self.ranks):
+        asleep = any(rank.stopped and not rank.dead for rank in self.ranks)
+        if not events and self.coordinator.next_deadline() is None and not asleep:
             return False
         if rare or not events:
             events = self._rare_events(choice)
@@ -115,7 +116,7 @@ class World:
     def settle(self, resume: bool = True, limit: int = 200_000) -> None:
         """Everything goes on in turn until nothing can happen any more (I6). resume: stopped ranks go on, too."""
         for rank in self.ranks:
-            rank.stopped = rank.stopped and not resume
+            rank.stopped = rank.dead or (rank.stopped and not resume)
         for turn in range(limit):
             events = self._events()
             if not events:
@@ -128,6 +129,8 @@ class World:
     def check_end(self) -> None:
         """I6, after settle(): every program has ended, and everybody knows."""
         for rank in self.ranks:
+            if rank.dead:
+                continue
             check(rank.left, f"I6: the program of rank {rank.rank} hangs")
             check(rank.all_gone, f"I6: rank {rank.rank} was not told that all have gone")
 
@@ -142,6 +145,8 @@ class World:
         for r, rank in enumerate(self.ranks):
             if self._to_coordinator[r]:
                 out.append((("coordinator hears rank", r), lambda r=r: self._hear(r)))
+            if rank.dead and not rank.found_dead:
+                out.append((("is found dead: rank", r), lambda r=r: self._find_dead(r)))
             if rank.stopped:
                 continue
             if self._to_member[r]:
@@ -162,6 +167,8 @@ class World:
         """What makes it hard: time passes, ranks stop and go on (not rank 0, which coordinates)."""
         out: list[Event] = [(("time passes",), self._pass_time)]
         for rank in self.ranks[1:]:
+            if rank.dead:
+                continue
             what = ("goes on: rank" if rank.stopped else "stops: rank", rank.rank)
             out.append((what, lambda rank=rank: self.stop(rank.rank, not rank.stopped, choice)))
         return out
@@ -173,6 +180,12 @@ class World:
             for line in rank.lines.values():
                 line.sent_before_stopping(some)
         rank.stopped = stopped
+
+    def kill(self, r: int, some: int) -> None:
+        """A rank's process dies; `some` as in stop()."""
+        self.log.append((self.now, "dies: rank", r))
+        self.stop(r, True, some)
+        self.ranks[r].dead = True
 
     def _happen(self, event: Event) -> None:
         what, action = event
@@ -217,10 +230,21 @@ class World:
             rank.joined = False
         elif body["message"] == "AllGone":
             rank.all_gone = True
+        elif body["message"] == "Lost":
+            rank.lost.add(body["rank"])
         else:
             line = rank.lines[body["name"] if "name" in body else self._witness.names[body["channel"]]]
             line.receive(message, body)
             line.collect()
+
+    def _find_dead(self, r: int) -> None:
+        """What it had sent and nobody has heard is lost with it."""
+        self.ranks[r].found_dead = True
+        self._to_coordinator[r].clear()
+        self._to_member[r].clear()
+        self._witness.gone.add(r)
+        self.coordinator.lost(r, self.now)
+        self._wake()
 
     def _hear(self, r: int) -> None:
         message = self._to_coordinator[r].popleft()
@@ -239,5 +263,7 @@ class World:
         self._witness.records(records)
         self._witness.replies([(to, describe(message)) for to, message in replies])
         for to, message in replies:
+            if self.ranks[to].found_dead:
+                continue
             self._to_member[to].append(message)
             self._witness.queue(to, len(self._to_member[to]))

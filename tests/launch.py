@@ -41,7 +41,9 @@ OUR_OWN = {"HVD_BACKUP_HOROVOD": "off"}
 class Job:
     """Ranks that have been started; a context manager, at whose end no process of theirs is left."""
 
-    def __init__(self, size: int, job: dict[str, Any], env: Mapping[str, str] | None, timeout_s: float) -> None:
+    def __init__(
+        self, size: int, job: dict[str, Any], env: Mapping[str, str] | None, timeout_s: float, survive_losses: bool
+    ) -> None:
         self._all = range(size)
         self._started = time.monotonic()
         self._deadline = self._started + timeout_s
@@ -55,7 +57,9 @@ class Job:
         inherited = {k: v for k, v in launch.rank_environment(size).items() if not k.startswith(FOREIGN_PREFIXES)}
         with open(self._folder / "launcher.log", "wb") as log:
             self._process = subprocess.Popen(
-                launch.find_launcher().command(size, [sys.executable, "-u", str(main), str(self._folder)]),
+                launch.find_launcher().command(
+                    size, [sys.executable, "-u", str(main), str(self._folder)], survive_losses
+                ),
                 env={**inherited, **OUR_OWN, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -192,6 +196,7 @@ def start_ranks(
     kwargs: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 120.0,
+    survive_losses: bool = False,
 ) -> Job:
     """Starts `target` on `size` ranks and returns at once.
 
@@ -200,6 +205,7 @@ def start_ranks(
             as its command line; or source text (more than one line), likewise. A script's value is its global `result`.
         env: variables set in the ranks, beside this process's own without HVD_BACKUP_* and HOROVOD_*.
         timeout_s: seconds from the start after which `Job.wait` ends the job and names the ranks that hung.
+        survive_losses: the others go on when a process dies (Open MPI 5).
     """
     job: dict[str, Any] = {"sys_path": [os.path.abspath(path) for path in sys.path]}
     if callable(target):
@@ -212,7 +218,7 @@ def start_ranks(
         job["script"] = "script.py" if source else str(Path(target).resolve(strict=True))
         job["source"] = textwrap.dedent(source) if source else None
         job["args"] = [str(arg) for arg in args]
-    return Job(size, job, env, timeout_s)
+    return Job(size, job, env, timeout_s, survive_losses)
 
 
 def run_ranks(

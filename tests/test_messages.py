@@ -86,6 +86,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "Resume": {"channel": unsigned, "outlook": outlook},
     "Over": {"channel": unsigned, "round": int32, "outlook": outlook},
     "Joined": {"last": int32},
+    "Lost": {"rank": int32},
     "AllGone": {},
     "Pull": pull,
     "Refused": {"pull": st.fixed_dictionaries(pull)},

@@ -111,6 +111,17 @@ void hvdb_engine_destroy(hvdb_engine* engine) {
 int hvdb_rank(const hvdb_engine* engine) { return engine->engine->rank(); }
 int hvdb_size(const hvdb_engine* engine) { return engine->engine->size(); }
 
+int hvdb_survives_losses(const hvdb_engine* engine) { return engine->engine->survives_losses() ? 1 : 0; }
+
+hvdb_status hvdb_lost(hvdb_engine* engine, int most, int32_t* ranks, int* count) {
+  return guarded([&] {
+    const Ranks lost = engine->engine->lost();
+    *count = std::min(most, static_cast<int>(lost.size()));
+    std::copy_n(lost.begin(), *count, ranks);
+    return HVDB_OK;
+  });
+}
+
 hvdb_status hvdb_replay_channel(hvdb_engine* engine, const char* channel, const char* description) {
   return guarded([&] {
     engine->engine->edit_script([&](Script& script) { script.try_emplace(channel, text(description)); });

@@ -77,6 +77,12 @@ hvdb_status hvdb_replay_round_end(hvdb_engine* engine, const char* channel, int6
  * it; on other ranks than 0 "". Valid until the next call with this engine. */
 hvdb_status hvdb_recorded(hvdb_engine* engine, int64_t last, const char** text);
 
+/* Whether the others can go on when a process dies (MPI with ULFM). */
+int hvdb_survives_losses(const hvdb_engine* engine);
+/* Whose process has died so far, in the order in which rank 0 has noticed: the first `most` of them. Every rank knows
+ * of a loss before it sees anything that was decided without the lost rank. */
+hvdb_status hvdb_lost(hvdb_engine* engine, int most, int32_t* ranks, int* count);
+
 /* This rank enters a full collective: until its next submission, it is not counted on by collective channels that need
  * fewer than all ranks. */
 hvdb_status hvdb_pause(hvdb_engine* engine);

@@ -287,6 +287,15 @@ NB_MODULE(_core, m) {
                   nb::arg("timeline") = "", nb::arg("stall_check_us") = 0)
       .def_prop_ro("rank", [](const PyEngine& self) { return hvdb_rank(self.engine); })
       .def_prop_ro("size", [](const PyEngine& self) { return hvdb_size(self.engine); })
+      .def_prop_ro("survives_losses", [](const PyEngine& self) { return hvdb_survives_losses(self.engine) != 0; })
+      .def_prop_ro("lost",
+                   [](const PyEngine& self) {
+                     std::vector<std::int32_t> ranks(static_cast<std::size_t>(hvdb_size(self.engine)));
+                     int count = 0;
+                     check(hvdb_lost(self.engine, hvdb_size(self.engine), ranks.data(), &count));
+                     ranks.resize(static_cast<std::size_t>(count));
+                     return ranks;
+                   })
       .def("open", &open_channel, nb::arg("name"), nb::arg("kind"), nb::arg("description"), nb::arg("proposal"),
            nb::arg("required"), nb::arg("grace_us") = 0, nb::arg("max_misses") = 0, nb::arg("max_lag") = 64,
            nb::arg("arrive") = "first", nb::arg("wait_for_all") = false, nb::arg("average") = true,

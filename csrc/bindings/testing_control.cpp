@@ -79,6 +79,8 @@ constexpr const char* field_names<Over> = "Over channel round outlook";
 template <>
 constexpr const char* field_names<Joined> = "Joined last";
 template <>
+constexpr const char* field_names<Lost> = "Lost rank";
+template <>
 constexpr const char* field_names<AllGone> = "AllGone";
 template <>
 constexpr const char* field_names<Pull> = "Pull channel step bucket shard tag";
@@ -375,10 +377,11 @@ void register_coordinator(nb::module_& module) {
   nb::class_<Coordinator>(module, "Coordinator")
       .def(
           "__init__",
-          [](Coordinator* self, int size, TimeUs stall_check_us) {
-            new (self) Coordinator(size, false, {}, stall_check_us);
+          [](Coordinator* self, int size, TimeUs stall_check_us, bool survives_losses) {
+            new (self) Coordinator(size, false, {}, stall_check_us, survives_losses);
           },
-          "size"_a, "stall_check_us"_a = 0)
+          "size"_a, "stall_check_us"_a = 0, "survives_losses"_a = false)
+      .def("lost", &Coordinator::lost, "rank"_a, "now"_a)
       .def(
           "receive",
           [](Coordinator& self, int from, const nb::bytes& message, TimeUs now) {

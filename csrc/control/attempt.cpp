@@ -38,10 +38,17 @@ void Attempt::answered(int rank, const Progress& progress, TimeUs now) {
 // As in engine/journal.h: contributor i keeps shard i and its neighbour's, shard i-1.
 bool Attempt::each_shard_has_keeper(const std::function<bool(int rank)>& keeps) const {
   const std::size_t k = contributors_.size();
+  const auto is_there = [&](int rank) { return !lost_.contains(rank) && keeps(rank); };
   for (std::size_t shard = 0; shard < k; ++shard) {
-    if (!keeps(contributors_[shard]) && !keeps(contributors_[(shard + 1) % k])) return false;
+    if (!is_there(contributors_[shard]) && !is_there(contributors_[(shard + 1) % k])) return false;
   }
   return true;
+}
+
+bool Attempt::kept_by_all() const {
+  return std::all_of(contributors_.begin(), contributors_.end(),
+                     [this](int rank) { return kept_.contains(rank) || lost_.contains(rank); }) &&
+         kept();
 }
 
 bool Attempt::kept() const {
@@ -71,6 +78,11 @@ Ranks Attempt::ask(TimeUs now) {
 
 Suspicion Attempt::suspicion(TimeUs now) const {
   if (complete()) return {};
+  Ranks dead;
+  for (const int rank : contributors_) {
+    if (lost_.contains(rank) && !has(rank)) dead.push_back(rank);
+  }
+  if (!dead.empty()) return suspected(dead, "has died", now);
   if (now < overdue_at()) return {{}, {}, overdue_at()};
   Ranks silent, slow;
   std::map<int, int> owing, owing_results;  // how many ranks miss something of whom
@@ -104,9 +116,11 @@ Suspicion Attempt::suspicion(TimeUs now) const {
 Suspicion Attempt::suspected(Ranks ranks, const std::string& why, TimeUs now) const {
   std::string who;
   for (const int rank : ranks) who += (who.empty() ? "" : ", ") + std::to_string(rank);
+  const std::string expected =
+      now < overdue_at() ? "" : ", " + std::to_string(patience_us_ / 1000) + " ms were expected at most";
   return {std::move(ranks),
-          "rank " + who + " " + why + " (" + std::to_string((now - began_) / 1000) + " ms after the decision, " +
-              std::to_string(patience_us_ / 1000) + " ms were expected at most)",
+          "rank " + who + " " + why + " (" + std::to_string((now - began_) / 1000) + " ms after the decision" +
+              expected + ")",
           {}};
 }
 

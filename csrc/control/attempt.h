@@ -50,14 +50,15 @@ class Attempt {
   bool done(int rank, bool kept, TimeUs now);
   void kept(int rank) { kept_.insert(rank); }
   void answered(int rank, const Progress& progress, TimeUs now);
+  void lost(int rank) { lost_.insert(rank); }  // its process has died
 
   TimeUs began() const { return began_; }
   TimeUs overdue_at() const { return began_ + patience_us_; }
   bool has(int rank) const { return done_.contains(rank); }
   const std::map<int, TimeUs>& done() const { return done_; }  // by rank, since when
   bool complete() const { return done_.size() == contributors_.size(); }
-  bool kept_by_all() const { return kept_.size() == contributors_.size(); }
-  bool kept() const;  // every shard, by someone
+  bool kept_by_all() const;  // who is lost aside
+  bool kept() const;         // every shard, by someone
   // All others have the result: at least `holders`, and with them every shard of it is kept.
   bool complete_without(const Ranks& suspects, int holders) const;
 
@@ -80,6 +81,7 @@ class Attempt {
   TimeUs patience_us_ = 0;
   std::map<int, TimeUs> done_;
   std::set<int> kept_;
+  std::set<int> lost_;
   std::map<int, Question> asked_;
 };
 

@@ -144,6 +144,7 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
   }
   std::erase_if(slot.latecomers, [&](const Arrival& each) { return is_in[static_cast<std::size_t>(each.rank)]; });
   for (const Arrival& arrival : given_up) {
+    if (ranks_[static_cast<std::size_t>(arrival.rank)].lost) continue;
     slot.latecomers.push_back(arrival);  // should it go on in time
     falls_behind(arrival.rank, decision);
   }
@@ -195,6 +196,27 @@ void ChannelBook::make_final(Slot& slot, const Ranks& stopped, TimeUs now) {
     put_drop_on_record(arrival.rank, arrival.message, arrival.at, now, "decided without it");
   }
   slot.latecomers.clear();
+}
+
+// A final update that ranks still need, and of which no living contributor keeps some shard.
+std::optional<Step> ChannelBook::unrecoverable() const {
+  const auto is_lost = [this](int rank) { return ranks_[static_cast<std::size_t>(rank)].lost; };
+  const auto loses_shard = [&](const Ranks& contributors) {
+    for (std::size_t i = 0; i < contributors.size(); ++i) {  // as in engine/journal.h
+      if (is_lost(contributors[i]) && is_lost(contributors[(i + 1) % contributors.size()])) return true;
+    }
+    return false;
+  };
+  Step needed = open_step_;
+  for (std::size_t r = 0; r < ranks_.size(); ++r) {
+    if (!gone_[r]) needed = std::min(needed, ranks_[r].reached);
+  }
+  for (const PastUpdate& update : history_) {
+    if (update.step >= needed && std::any_of(update.contributors.begin(), update.contributors.end(), loses_shard)) {
+      return update.step;
+    }
+  }
+  return std::nullopt;
 }
 
 // The rank takes part in an attempt at this step that is not final.

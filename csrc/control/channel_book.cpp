@@ -169,15 +169,15 @@ bool ChannelBook::decide_what_can(TimeUs now) {
     view.arrived = static_cast<int>(slot.arrivals.size());
     for (int r = 0; r < size_; ++r) {
       if (arrived[static_cast<std::size_t>(r)]) continue;
-      if (strict() && gone_[static_cast<std::size_t>(r)] && !slot.arrivals.empty()) {
-        const std::string& why = ranks_[static_cast<std::size_t>(r)].failure;
+      const RankState& missing = ranks_[static_cast<std::size_t>(r)];
+      if (strict() && gone_[static_cast<std::size_t>(r)] && !missing.lost && !slot.arrivals.empty()) {
+        const std::string& why = missing.failure;
         fail("rank " + std::to_string(r) + " has left" + (why.empty() ? "" : " (" + why + ")") + ", and '" + name_ +
                  "' needs all ranks",
              now);
         return false;
       }
       if (!able(r)) continue;
-      const RankState& missing = ranks_[static_cast<std::size_t>(r)];
       ++view.able;
       view.owed = view.owed || (options_.max_misses > 0 && missing.misses >= options_.max_misses);
       if (missing.handicap_us && missing.on_time) {

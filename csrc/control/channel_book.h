@@ -37,6 +37,7 @@ struct Outbox {
   std::vector<Record> records;
   bool measured = false;  // the squared norms of gradients are wanted
   TimeUs stall_check_us = 0;
+  bool survives_losses = false;  // when a process dies, the others can go on
   Ranks met;  // contributors of collectives that all ranks had to enter: they are not in a full collective any more
 };
 
@@ -65,6 +66,7 @@ class ChannelBook {
   void away(int from, const Away& message, TimeUs now);
   void leave(int from, int round, TimeUs now);
   void gone(int from, const std::string& failure, TimeUs now);
+  void lost(int from, TimeUs now);  // its process has died
 
   // kind `collective` only: the rank is in a full collective, and so cannot contribute.
   void set_paused(int rank, bool paused, TimeUs now);
@@ -94,6 +96,7 @@ class ChannelBook {
     bool paused = false;
     bool joined = false;
     std::string failure;       // with which it has left
+    bool lost = false;         // its process has died
     bool turned_away = false;  // goes on at once, whatever the open step looks like
     Step blocked_in = -1;      // the step whose decision it waits for
     Step applied = 0;          // at least; acknowledged by asking for more
@@ -127,8 +130,10 @@ class ChannelBook {
   };
   using SlotKey = std::pair<Step, int>;
 
-  // Late ranks may be left out, so a contributor may be replaced.
-  bool is_replaceable() const { return options_.required < size_ && script_ == nullptr; }
+  // Late ranks may be left out, so a contributor may be replaced; a collective of all ranks is one of the survivors.
+  bool is_replaceable() const {
+    return (options_.required < size_ || (strict() && out_.survives_losses)) && script_ == nullptr;
+  }
   int required() const { return chooser_ ? chooser_->required() : options_.required; }
   bool able(int rank) const;
   Outlook outlook_for(int rank) const;
@@ -157,6 +162,7 @@ class ChannelBook {
   bool is_kept(const Slot& slot, TimeUs now);
   bool contributes(int rank, Step step) const;
   bool lacks(Step step, int rank) const;
+  std::optional<Step> unrecoverable() const;
   void advance_open_step(TimeUs now);
   void finish_steps(TimeUs now);
   void answer(int rank, TimeUs now);

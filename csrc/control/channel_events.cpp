@@ -22,6 +22,8 @@ std::string first_difference(const std::string& given, const std::string& expect
   }
 }
 
+constexpr const char* died = "its process has died";
+
 }  // namespace
 
 void ChannelBook::open(int from, const Open& message, TimeUs now) {
@@ -286,15 +288,17 @@ void ChannelBook::gone(int from, const std::string& failure, TimeUs now) {
   gone_[static_cast<std::size_t>(from)] = true;
   rank.waiting.reset();
   rank.failure = failure;
-  Record gone = record(Record::Event::gone, now);
+  Record gone = record(rank.lost ? Record::Event::lost : Record::Event::gone, now);
   gone.ranks = {from};
+  gone.step = rank.reached;
   gone.reason = failure;
   out_.records.push_back(gone);
   if (!failure_.empty() || (!rank.opened && !wait_for_all_)) {
     settle(now);
     return;
   }
-  if (!failure.empty() && options_.required >= size_) {
+  const bool takes_survivors = rank.lost && kind_ == ChannelKind::collective;
+  if (!failure.empty() && options_.required >= size_ && !takes_survivors) {
     fail("rank " + std::to_string(from) + " has left at step " + std::to_string(rank.reached) + " (" + failure +
              "), and '" + name_ + "' needs all ranks (no backup workers)",
          now);
@@ -310,6 +314,34 @@ void ChannelBook::gone(int from, const std::string& failure, TimeUs now) {
     return;
   }
   settle(now);
+}
+
+void ChannelBook::lost(int from, TimeUs now) {
+  ranks_[static_cast<std::size_t>(from)].lost = true;
+  const auto drop_its_own = [&](std::vector<Arrival>& arrivals) {
+    std::erase_if(arrivals, [&](const Arrival& arrival) {
+      if (arrival.rank == from) put_drop_on_record(from, arrival.message, arrival.at, now, died);
+      return arrival.rank == from;
+    });
+  };
+  for (auto& [key, slot] : slots_) {
+    drop_its_own(slot.latecomers);
+    if (slot.decision) {
+      slot.attempt.lost(from);
+    } else {
+      drop_its_own(slot.arrivals);
+    }
+  }
+  if (gone_[static_cast<std::size_t>(from)]) {  // it had left, but still served the others
+    settle(now);
+  } else {
+    gone(from, died, now);
+  }
+  if (const auto step = unrecoverable(); step && failure_.empty()) {
+    fail("update " + std::to_string(*step) + " of '" + name_ + "' is lost with rank " + std::to_string(from) +
+             ": who had it has died, and ranks that were late need it",
+         now);
+  }
 }
 
 void ChannelBook::set_paused(int rank, bool paused, TimeUs now) {

@@ -7,15 +7,17 @@
 
 namespace hvd_backup {
 
-Coordinator::Coordinator(int size, bool measured, Combine combine, TimeUs stall_check_us)
+Coordinator::Coordinator(int size, bool measured, Combine combine, TimeUs stall_check_us, bool survives_losses)
     : size_(size),
       joined_(static_cast<std::size_t>(size), false),
       paused_(static_cast<std::size_t>(size), false),
       gone_(static_cast<std::size_t>(size), false),
+      lost_(static_cast<std::size_t>(size), false),
       failures_(static_cast<std::size_t>(size)) {
   out_.measured = measured;
   out_.combine = std::move(combine);
   out_.stall_check_us = stall_check_us;
+  out_.survives_losses = survives_losses;
 }
 
 ChannelBook& Coordinator::book(ChannelId id) {
@@ -24,6 +26,7 @@ ChannelBook& Coordinator::book(ChannelId id) {
 }
 
 void Coordinator::receive(int from, const Message& message, TimeUs now) {
+  if (lost_[static_cast<std::size_t>(from)]) return;  // said before it died
   std::visit(
       [&](const auto& body) {
         if constexpr (requires { body.channel; }) {
@@ -94,7 +97,11 @@ void Coordinator::open(int from, const Open& message, TimeUs now) {
     ChannelBook& created = *books_.back();
     for (int r = 0; r < size_; ++r) {
       const auto index = static_cast<std::size_t>(r);
-      if (gone_[index]) created.gone(r, failures_[index], now);
+      if (lost_[index]) {
+        created.lost(r, now);
+      } else if (gone_[index]) {
+        created.gone(r, failures_[index], now);
+      }
       if (joined_[index]) created.set_joined(r, true, now);
       if (paused_[index] && created.kind() == ChannelKind::collective) created.set_paused(r, true, now);
     }
@@ -201,8 +208,29 @@ void Coordinator::exit(int from, const Exit& message, TimeUs now) {
   failures_[static_cast<std::size_t>(from)] = message.failure;
   for (auto& channel : books_) channel->gone(from, message.failure, now);
   release_joined(now);
-  if (std::all_of(gone_.begin(), gone_.end(), [](bool gone) { return gone; })) {
-    for (int r = 0; r < size_; ++r) out_.replies.push_back({r, AllGone{}});
+  end_if_all_gone();
+}
+
+void Coordinator::lost(int rank, TimeUs now) {
+  const auto index = static_cast<std::size_t>(rank);
+  const bool had_left = gone_[index];
+  gone_[index] = lost_[index] = true;
+  for (int r = 0; r < size_; ++r) {
+    if (!lost_[static_cast<std::size_t>(r)]) out_.replies.push_back({r, Lost{rank}});
+  }
+  for (auto& channel : books_) channel->lost(rank, now);
+  if (had_left) return;
+  release_joined(now);
+  release_met(now);
+  untangle(now);
+  end_deadlock(now);
+  end_if_all_gone();
+}
+
+void Coordinator::end_if_all_gone() {
+  if (!std::all_of(gone_.begin(), gone_.end(), [](bool gone) { return gone; })) return;
+  for (int r = 0; r < size_; ++r) {
+    if (!lost_[static_cast<std::size_t>(r)]) out_.replies.push_back({r, AllGone{}});
   }
 }
 

@@ -19,7 +19,9 @@ class Coordinator {
   // measured: whether squared norms of gradients are wanted in the records. combine: what is made of small
   // contributions, which come with the arrivals. stall_check_us: after so long without progress a channel says on
   // record who waits for whom; 0: never.
-  explicit Coordinator(int size, bool measured = false, Combine combine = {}, TimeUs stall_check_us = 0);
+  // survives_losses: lost() may be called.
+  explicit Coordinator(int size, bool measured = false, Combine combine = {}, TimeUs stall_check_us = 0,
+                       bool survives_losses = false);
   Coordinator(const Coordinator&) = delete;
   Coordinator& operator=(const Coordinator&) = delete;
 
@@ -28,6 +30,9 @@ class Coordinator {
 
   // A message to the coordinator; others are a RuntimeFailure.
   void receive(int from, const Message& message, TimeUs now);
+
+  // The process of a rank has died: it is late for ever, and everybody is told.
+  void lost(int rank, TimeUs now);
 
   // Time has passed; to be called at next_deadline() at the latest.
   void tick(TimeUs now);
@@ -50,13 +55,14 @@ class Coordinator {
   void release_joined(TimeUs now);
   void release_met(TimeUs now);
   void exit(int from, const Exit& message, TimeUs now);
+  void end_if_all_gone();
 
   const int size_;
   std::int64_t next_tag_ = 0;
   Script script_;
   std::vector<std::unique_ptr<ChannelBook>> books_;  // by ChannelId
   std::map<std::string, ChannelId> ids_;
-  std::vector<bool> joined_, paused_, gone_;
+  std::vector<bool> joined_, paused_, gone_, lost_;
   std::vector<std::string> failures_;  // with which ranks have left
   int last_joined_ = 0;
   Outbox out_;

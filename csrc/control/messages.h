@@ -2,7 +2,7 @@
 // answers: it sends to a rank only in reply to something that rank has sent (one Verdict for each Arrive, one reply
 // for each Sync and each Done), so nothing can pile up towards a rank that is stopped. The exceptions: Probe, of which
 // at most one for each attempt waits for its answer; Decision of a next attempt and Late, to contributors of one that
-// is given up; Failed and AllGone, sent at most once.
+// is given up; Failed, Lost (of each rank) and AllGone, sent at most once.
 //
 // Pull goes from a late rank to a rank that keeps a shard in its journal, and is answered by a transfer or by
 // Refused.
@@ -350,6 +350,15 @@ struct Joined {
   }
 };
 
+// A process has died: it will never be heard of again.
+struct Lost {
+  std::int32_t rank = 0;
+  template <class A>
+  void fields(A& a) {
+    a(rank);
+  }
+};
+
 struct AllGone {
   template <class A>
   void fields(A&) {}
@@ -379,7 +388,7 @@ struct Refused {
 
 using Message = std::variant<Open, Arrive, Withdraw, Waiting, Done, Kept, Progress, Sync, BeginRound, Away, Leave,
                              Pause, Join, Exit, Opened, Failed, Decision, Final, Probe, Late, History, Resume, Over,
-                             Joined, AllGone, Pull, Refused>;
+                             Joined, Lost, AllGone, Pull, Refused>;
 
 std::vector<std::byte> encode(const Message& message);
 Message decode(const std::vector<std::byte>& bytes);  // RuntimeFailure when malformed

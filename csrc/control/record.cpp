@@ -30,6 +30,8 @@ const char* name_of(Record::Event event) {
       return "stalled";
     case Record::Event::gone:
       return "gone";
+    case Record::Event::lost:
+      return "lost";
     case Record::Event::failed:
       return "failed";
   }

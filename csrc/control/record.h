@@ -25,6 +25,7 @@ struct Record {
     held,        // a decision waits for a rank, and why; logged as a warning
     stalled,     // ranks wait for others, nothing goes on, and why; logged as a warning
     gone,        // ranks = {rank} has left for good
+    lost,        // ranks = {rank} has died; `step` is the first that it has not finished
     failed,      // the channel, for good
   };
 

@@ -84,13 +84,14 @@ Engine::Engine(std::unique_ptr<Transport> transport, const EngineSettings& setti
       process_(getpid()),
       rank_(transport_->rank()),
       size_(transport_->size()),
+      survives_losses_(transport_->survives_losses()),
       header_{size_, monotonic_us(), unix_s()},
       trace_(rank_ == 0 ? settings.trace : "", header_),
       timeline_(rank_ == 0 ? settings.timeline : "", size_, header_.began_us),
       recording_(header_) {
   if (rank_ == 0) {
-    coordinator_ =
-        std::make_unique<Coordinator>(size_, !settings.trace.empty(), combine_payloads, settings.stall_check_us);
+    coordinator_ = std::make_unique<Coordinator>(size_, !settings.trace.empty(), combine_payloads,
+                                                 settings.stall_check_us, transport_->survives_losses());
   }
   thread_ = std::thread([this] { run(); });
 }
@@ -195,6 +196,11 @@ void Engine::edit_script(const std::function<void(Script&)>& edit) {
   check_usable(nullptr);
   if (!coordinator_) throw UsageError("a trace is replayed by rank 0, this is rank " + std::to_string(rank_));
   edit(coordinator_->script());
+}
+
+Ranks Engine::lost() {
+  const std::scoped_lock lock(mutex_);
+  return lost_;
 }
 
 std::string Engine::recorded(Step last) {
@@ -473,6 +479,7 @@ void Engine::rest(std::unique_lock<std::mutex>& lock, std::condition_variable& c
 bool Engine::turn() {
   bool worked = transport_->progress();
   const TimeUs now = monotonic_us();
+  for (const int rank : transport_->take_lost()) lose(rank, now);
   int from = 0;
   Bytes body;
   while (transport_->receive_message(&from, &body)) {
@@ -490,6 +497,19 @@ bool Engine::turn() {
   if (work.empty()) return worked;
   carry_out(std::move(work), now);
   return true;
+}
+
+// The process of a rank has died.
+void Engine::lose(int rank, TimeUs now) {
+  const std::scoped_lock lock(mutex_);
+  if (coordinator_) {
+    coordinator_->lost(rank, now);
+  } else if (rank == 0) {
+    lost_.push_back(rank);
+    throw RuntimeFailure(
+        "the process of rank 0 has died, which decides who contributes: this run cannot go on. Start it again from the "
+        "last checkpoint");
+  }
 }
 
 void Engine::receive(int from, const Message& message, TimeUs now) {
@@ -535,6 +555,8 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
         } else if constexpr (std::is_same_v<Body, Joined>) {
           joined_ = body_of.last;
           changed_.notify_all();
+        } else if constexpr (std::is_same_v<Body, Lost>) {
+          lost_.push_back(body_of.rank);
         } else if constexpr (std::is_same_v<Body, AllGone>) {
           all_gone_ = true;
         } else if constexpr (std::is_same_v<Body, Refused>) {
@@ -773,8 +795,12 @@ void Engine::keep_for_late_ranks(Channel& channel, Step step, int scope, const R
 
 void Engine::start_fetch(Channel& channel, const CatchUp& missed, TimeUs now) {
   const TimeUs patience = std::max(least_patience_us, patience_factor * fetch_us_);
-  const auto done = [this, &channel, missed, now] {
-    fetch_us_ = monotonic_us() - now;
+  if (missed.update.step != newest_fetched_ + 1) silent_keepers_.clear();
+  newest_fetched_ = missed.update.step;
+  const Ranks lost_by_now = lost();
+  silent_keepers_.insert(lost_by_now.begin(), lost_by_now.end());
+  const auto done = [this, &channel, missed](TimeUs asked_at) {
+    fetch_us_ = monotonic_us() - asked_at;
     const Step step = missed.update.step;
     for (const int scope :
          missed.scopes) {  // it may have contributed before it stopped; now it has what it owes others
@@ -789,7 +815,7 @@ void Engine::start_fetch(Channel& channel, const CatchUp& missed, TimeUs now) {
   const auto next_tag = [this] { return std::exchange(next_fetch_tag_, next_fetch_tag_ + 2); };
   auto fetch = std::make_shared<Fetch>(
       *transport_, [this](int keeper, const Pull& pull) { send(keeper, pull); }, next_tag, channel.id, missed,
-      channel.buckets, patience, done);
+      channel.buckets, silent_keepers_, patience, done);
   fetches_.push_back(fetch);
   fetch->start(now);
 }
@@ -802,9 +828,12 @@ void Engine::tick_fetches(TimeUs now) {
 void Engine::take_records() {
   const std::vector<Record> records = coordinator_->take_records();
   for (const Record& record : records) {
+    const bool died = record.event == Record::Event::lost;
     const bool failed = record.event == Record::Event::gone && !record.reason.empty();
-    if (failed && record.ranks != reported_gone_) {  // once, not for every channel
-      report(rank_, "rank " + std::to_string(record.ranks.front()) + " has left: " + record.reason);
+    if ((died || failed) && record.ranks != reported_gone_) {  // once, not for every channel
+      report(rank_, "rank " + std::to_string(record.ranks.front()) +
+                        (died ? " has died at step " + std::to_string(record.step) + " of '" + record.channel + "'"
+                              : " has left: " + record.reason));
       reported_gone_ = record.ranks;
     }
     if (record.event == Record::Event::chosen) {

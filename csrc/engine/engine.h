@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -108,6 +109,10 @@ class Engine {
   // Rank 0 only, before any rank opens a channel: the decisions to be made again.
   void edit_script(const std::function<void(Script&)>& edit);
 
+  bool survives_losses() const { return survives_losses_; }
+  // The ranks whose processes have died, as rank 0 has said: before what is decided without them.
+  Ranks lost();
+
   // What was recorded of the newest `last` steps (Recording::text); empty on other ranks than 0.
   std::string recorded(Step last);
 
@@ -146,6 +151,7 @@ class Engine {
   bool turn();
   void rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace, TimeUs spins_us);
   void withdraw(Channel& channel, bool also_complete);
+  void lose(int rank, TimeUs now);
   void receive(int from, const Message& message, TimeUs now);
   void serve(int from, const Pull& pull);
   Work collect(TimeUs now);
@@ -175,6 +181,7 @@ class Engine {
   const int process_;  // its number
   const int rank_;
   const int size_;
+  const bool survives_losses_;
   Tag next_fetch_tag_ = 1;  // odd; collectives use even ones
   const TraceHeader header_;
   Trace trace_;
@@ -182,8 +189,10 @@ class Engine {
   Recording recording_;  // guarded by mutex_
   Ranks reported_gone_;
   std::vector<std::shared_ptr<Fetch>> fetches_;
-  TimeUs fetch_us_ = 0;        // of the last fetch
-  std::deque<Reply> to_self_;  // messages of this rank to itself; `to` is the sender
+  TimeUs fetch_us_ = 0;  // that the last fetch took, from the request that was answered
+  Step newest_fetched_ = -1;
+  std::set<int> silent_keepers_;  // of the catch-up that goes on
+  std::deque<Reply> to_self_;     // messages of this rank to itself; `to` is the sender
 
   std::mutex mutex_;
   std::unique_ptr<Coordinator> coordinator_;  // rank 0 only
@@ -194,6 +203,7 @@ class Engine {
   std::vector<Channel*> dirty_;
   std::vector<Message> outgoing_;  // of the rank itself, to the coordinator
   std::string failure_;
+  Ranks lost_;
   bool leaving_ = false;
   bool all_gone_ = false;
   std::optional<int> joined_;

@@ -14,14 +14,15 @@ constexpr std::size_t most_refusals = 50;  // of each keeper
 }
 
 Fetch::Fetch(Transport& transport, SendPull send_pull, NextTag next_tag, ChannelId channel, const CatchUp& missed,
-             const std::vector<Bucket>& buckets, TimeUs patience_us, OnDone on_done)
+             const std::vector<Bucket>& buckets, std::set<int>& silent, TimeUs patience_us, OnFetched on_fetched)
     : transport_(transport),
       send_pull_(std::move(send_pull)),
       next_tag_(std::move(next_tag)),
       channel_(channel),
       step_(missed.update.step),
+      silent_(silent),
       patience_us_(patience_us),
-      on_done_(std::move(on_done)) {
+      on_fetched_(std::move(on_fetched)) {
   for (const int scope : missed.scopes) {
     const Ranks& contributors = missed.update.contributors[static_cast<std::size_t>(scope)];
     const int k = static_cast<int>(contributors.size());
@@ -41,6 +42,8 @@ Fetch::Fetch(Transport& transport, SendPull send_pull, NextTag next_tag, Channel
           const int keeper = contributors[static_cast<std::size_t>(next)];
           if (keeper != transport.rank()) part.keepers.push_back(keeper);
         }
+        std::stable_partition(part.keepers.begin(), part.keepers.end(),
+                              [&](int keeper) { return !silent_.contains(keeper); });
         part.place = static_cast<std::byte*>(bucket.result) + cut.begin * size;
         part.bytes = cut.size() * size;
         parts_.push_back(part);
@@ -51,8 +54,9 @@ Fetch::Fetch(Transport& transport, SendPull send_pull, NextTag next_tag, Channel
 }
 
 void Fetch::start(TimeUs now) {
+  last_asked_at_ = now;
   if (left_ == 0) {
-    on_done_();
+    on_fetched_(now);
     return;
   }
   for (std::size_t part = 0; part < parts_.size(); ++part) ask_next(part, now);
@@ -62,7 +66,9 @@ void Fetch::tick(TimeUs now) {
   for (std::size_t part = 0; part < parts_.size(); ++part) {
     const bool overdue = now - parts_[part].asked_at >= patience_us_;
     const bool more = parts_[part].asked < parts_[part].keepers.size() || parts_[part].refusals > 0;
-    if (!parts_[part].here && overdue && more) ask_next(part, now);
+    if (parts_[part].here || !overdue || !more) continue;
+    silent_.insert(parts_[part].keepers[(parts_[part].asked - 1) % parts_[part].keepers.size()]);
+    ask_next(part, now);
   }
 }
 
@@ -87,16 +93,17 @@ void Fetch::ask_next(std::size_t index, TimeUs now) {
   const Tag tag = next_tag_();
   auto data = std::make_shared<std::vector<std::byte>>(part.bytes);
   transport_.start_receive(keeper, tag, *data,
-                           [self = shared_from_this(), index, data] { self->arrived(index, *data); });
+                           [self = shared_from_this(), index, now, data] { self->arrived(index, now, *data); });
   send_pull_(keeper, Pull{channel_, step_, part.bucket, part.shard, tag});
 }
 
-void Fetch::arrived(std::size_t index, const std::vector<std::byte>& data) {
+void Fetch::arrived(std::size_t index, TimeUs asked_at, const std::vector<std::byte>& data) {
   Part& part = parts_[index];
   if (part.here) return;
   part.here = true;
   std::memcpy(part.place, data.data(), data.size());
-  if (--left_ == 0) on_done_();
+  last_asked_at_ = std::max(last_asked_at_, asked_at);
+  if (--left_ == 0) on_fetched_(last_asked_at_);
 }
 
 }  // namespace hvd_backup

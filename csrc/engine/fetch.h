@@ -2,12 +2,13 @@
 // rank waits. A keeper that does not answer in time is not waited for, or refuses (it had stopped before it had the
 // shard): then the next contributor is asked as well, first the neighbour, which keeps the same shard, then the others,
 // which do after a fault. Whoever is first wins. Every request has a buffer of its own, so a late answer can't touch
-// anything.
+// anything. Who has not answered once is asked last in the fetches that follow.
 #pragma once
 
 #include <cstddef>
 #include <functional>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "base/clock.h"
@@ -21,10 +22,13 @@ class Fetch : public std::enable_shared_from_this<Fetch> {
  public:
   using SendPull = std::function<void(int keeper, const Pull& pull)>;
   using NextTag = std::function<Tag()>;
+  // asked_at: when whoever has answered last was asked.
+  using OnFetched = std::function<void(TimeUs asked_at)>;
 
+  // silent: who has not answered so far, and is asked last; who does not now is added. It outlives this.
   // patience_us: how long to wait for an answer before the next one is asked, too (measured by the caller).
   Fetch(Transport& transport, SendPull send_pull, NextTag next_tag, ChannelId channel, const CatchUp& missed,
-        const std::vector<Bucket>& buckets, TimeUs patience_us, OnDone on_done);
+        const std::vector<Bucket>& buckets, std::set<int>& silent, TimeUs patience_us, OnFetched on_fetched);
 
   void start(TimeUs now);
   void tick(TimeUs now);
@@ -47,17 +51,19 @@ class Fetch : public std::enable_shared_from_this<Fetch> {
   };
 
   void ask_next(std::size_t part, TimeUs now);
-  void arrived(std::size_t part, const std::vector<std::byte>& data);
+  void arrived(std::size_t part, TimeUs asked_at, const std::vector<std::byte>& data);
 
   Transport& transport_;
   const SendPull send_pull_;
   const NextTag next_tag_;
   const ChannelId channel_;
   const Step step_;
+  std::set<int>& silent_;
   const TimeUs patience_us_;
   std::vector<Part> parts_;
   std::size_t left_ = 0;
-  OnDone on_done_;
+  TimeUs last_asked_at_ = 0;  // of those who have answered
+  OnFetched on_fetched_;
 };
 
 }  // namespace hvd_backup

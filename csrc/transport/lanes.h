@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <deque>
+#include <limits>
 #include <map>
 #include <optional>
 #include <set>
@@ -55,6 +56,13 @@ class Lanes {
       for (const Arrival& arrival : lane.arrivals) dropped(entry->first.first, arrival);
       entry = lanes_.erase(entry);
     }
+  }
+  // Forgets what is wanted from this peer, and what has arrived from it.
+  void forget(int peer) {
+    const auto first = lanes_.lower_bound({peer, std::numeric_limits<Tag>::min()});
+    auto last = first;
+    for (; last != lanes_.end() && last->first.first == peer; ++last) request_count_ -= last->second.requests.size();
+    lanes_.erase(first, last);
   }
   bool is_cancelled(Tag tag) const { return cancelled_.contains(tag); }
 

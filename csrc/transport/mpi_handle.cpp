@@ -13,6 +13,7 @@ std::span<const RequestSet::Finished> RequestSet::take_finished() {
   int outcount = 0;
   const int code =
       MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &outcount, indices_.data(), statuses_.data());
+  if (is_loss(code)) return finished_;
   if (code != MPI_ERR_IN_STATUS) check_mpi(code, "completing transfers");
   if (outcount == MPI_UNDEFINED) return finished_;
 

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <mpi.h>
+#if __has_include(<mpi-ext.h>)
+#include <mpi-ext.h>  // Open MPI's, which has MPIX_*
+#endif
 
 #include <cstddef>
 #include <functional>
@@ -15,14 +18,32 @@
 
 namespace hvd_backup {
 
+// The process of a peer has died, and MPI goes on without it (ULFM: Open MPI 5, started with --with-ft ulfm).
+class PeerLost : public RuntimeFailure {
+  using RuntimeFailure::RuntimeFailure;
+};
+
+inline bool is_loss(int code) {
+  if (code == MPI_SUCCESS) return false;
+#ifdef MPIX_ERR_PROC_FAILED
+  int error_class = 0;
+  MPI_Error_class(code, &error_class);
+  return error_class == MPIX_ERR_PROC_FAILED || error_class == MPIX_ERR_PROC_FAILED_PENDING;
+#else
+  return false;
+#endif
+}
+
 // `doing`: what was tried, and with which peer if there is one: "sending to", 3.
 inline void check_mpi(int code, const char* doing, int peer = -1) {
   if (code == MPI_SUCCESS) return;
   char text[MPI_MAX_ERROR_STRING] = {};
   int length = 0;
   MPI_Error_string(code, text, &length);
-  throw RuntimeFailure(std::string("MPI error while ") + doing + (peer < 0 ? "" : " rank " + std::to_string(peer)) +
-                       ": " + std::string(text, static_cast<std::size_t>(length)));
+  const std::string what = std::string("MPI error while ") + doing + (peer < 0 ? "" : " rank " + std::to_string(peer)) +
+                           ": " + std::string(text, static_cast<std::size_t>(length));
+  if (is_loss(code)) throw PeerLost(what);
+  throw RuntimeFailure(what);
 }
 
 inline bool mpi_is_running() noexcept {
@@ -31,6 +52,13 @@ inline bool mpi_is_running() noexcept {
   MPI_Initialized(&initialized);
   MPI_Finalized(&finalized);
   return initialized != 0 && finalized == 0;
+}
+
+// From now on MPI_ANY_SOURCE does without the processes that have died.
+inline void acknowledge_losses([[maybe_unused]] MPI_Comm comm) {
+#ifdef MPIX_ERR_PROC_FAILED
+  check_mpi(MPIX_Comm_failure_ack(comm), "acknowledging that a process has died");
+#endif
 }
 
 class Communicator {

@@ -24,6 +24,9 @@ class MpiMessages {
   void send(int peer, Bytes message, OnDone on_done = {});
   bool receive(int* from, Bytes* message);
 
+  // Its process has died: nothing goes to it any more, and nothing that it had sent is handed out.
+  void forget(int peer);
+
   void progress();  // runs the callbacks
   std::size_t pending() const { return unfinished_.size(); }
 
@@ -47,6 +50,7 @@ class MpiMessages {
   RequestSet requests_;                            // numbered as in unfinished_
   std::vector<std::deque<std::size_t>> arriving_;  // for each peer, messages that are matched and not handed out
   std::deque<std::pair<int, Bytes>> ready_;
+  std::vector<bool> lost_;  // by peer
 };
 
 }  // namespace hvd_backup

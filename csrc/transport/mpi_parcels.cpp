@@ -26,6 +26,11 @@ void MpiParcels::cancel(Tag tag) {
   lanes_.cancel(tag, [](int, const Bytes&) {});
 }
 
+void MpiParcels::forget(int peer) {
+  messages_.forget(peer);
+  lanes_.forget(peer);
+}
+
 void MpiParcels::progress(std::vector<OnDone>* finished) {
   messages_.progress();
   int peer = 0;

@@ -23,6 +23,7 @@ class MpiParcels {
   void send(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done);
   void receive(int peer, Tag tag, std::span<std::byte> data, OnDone on_done);
   void cancel(Tag tag);
+  void forget(int peer);  // its process has died
 
   // Callbacks of what has finished are appended to `finished`, not run.
   void progress(std::vector<OnDone>* finished);

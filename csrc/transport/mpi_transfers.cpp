@@ -29,10 +29,16 @@ void MpiTransfers::start(Operation operation, StartPiece start_piece) {
   const std::size_t number = operations_.add(std::move(operation));
   for (std::size_t offset = 0; offset < bytes; offset += piece_bytes_) {
     Request request;
-    check_mpi(start_piece(offset, static_cast<int>(std::min(piece_bytes_, bytes - offset)), request.address()), doing,
-              peer);
-    requests_.add(std::move(request), number);
+    try {
+      check_mpi(start_piece(offset, static_cast<int>(std::min(piece_bytes_, bytes - offset)), request.address()), doing,
+                peer);
+      requests_.add(std::move(request), number);
+    } catch (const PeerLost&) {
+      operations_[number].lost = true;
+      --operations_[number].pieces;
+    }
   }
+  if (operations_[number].pieces == 0) operations_.remove(number);
 }
 
 void MpiTransfers::progress(std::vector<OnDone>* finished) {
@@ -41,10 +47,12 @@ void MpiTransfers::progress(std::vector<OnDone>* finished) {
 
 void MpiTransfers::finish(const RequestSet::Finished& finished, std::vector<OnDone>* callbacks) {
   Operation& operation = operations_[finished.number];
-  check_mpi(finished.code, operation.receives ? "receiving from" : "sending to", operation.peer);
+  operation.lost = operation.lost || is_loss(finished.code);
+  if (!operation.lost) check_mpi(finished.code, operation.receives ? "receiving from" : "sending to", operation.peer);
   operation.received += finished.bytes;
   if (--operation.pieces > 0) return;
   Operation ended = operations_.remove(finished.number);
+  if (ended.lost) return;
   if (ended.receives && ended.received != ended.expected) {
     throw RuntimeFailure("a transfer from rank " + std::to_string(ended.peer) + " has " +
                          std::to_string(ended.received) + " bytes, " + std::to_string(ended.expected) +

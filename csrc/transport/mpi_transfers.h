@@ -39,6 +39,7 @@ class MpiTransfers {
     OnDone on_done;
     std::size_t pieces = 0;  // that are not finished
     std::size_t received = 0;
+    bool lost = false;  // the peer has died
   };
 
   template <class StartPiece>

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "transport/mpi_handle.h"
+#include "transport/mpi_losses.h"
 #include "transport/mpi_messages.h"
 #include "transport/mpi_node.h"
 #include "transport/mpi_parcels.h"
@@ -42,6 +43,7 @@ class MpiTransport final : public Transport {
       : messages_(original),
         comm_(Communicator::duplicate_of(original)),
         parcels_(original),
+        losses_(comm_.get()),
         transfers_(options.piece_bytes) {
     check_mpi(MPI_Comm_rank(comm_.get(), &rank_), "asking for the rank");
     check_mpi(MPI_Comm_size(comm_.get(), &size_), "asking for the size");
@@ -66,10 +68,22 @@ class MpiTransport final : public Transport {
            (node_ ? node_->pending() : 0);
   }
 
+  bool survives_losses() const override { return losses_.are_survived(); }
+  std::vector<int> take_lost() override {
+    const std::vector<int> lost = losses_.take();
+    for (const int peer : lost) {
+      messages_.forget(peer);
+      parcels_.forget(peer);
+      if (node_ && is_on_node(peer)) node_->forget(index_on_node(peer));
+    }
+    return lost;
+  }
+
   void send_message(int peer, Bytes message) override { messages_.send(peer, std::move(message)); }
   bool receive_message(int* from, Bytes* message) override { return messages_.receive(from, message); }
 
   void start_send(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done, bool cancellable) override {
+    if (losses_.includes(peer)) return;
     if (data.empty()) {  // on both sides, so there is nothing to match
       callbacks_.push_back(std::move(on_done));
     } else if (through_memory(peer, data.size())) {
@@ -85,6 +99,7 @@ class MpiTransport final : public Transport {
   }
 
   void start_receive(int peer, Tag tag, std::span<std::byte> data, OnDone on_done, bool cancellable) override {
+    if (losses_.includes(peer)) return;
     if (data.empty()) {
       callbacks_.push_back(std::move(on_done));
     } else if (through_memory(peer, data.size())) {
@@ -143,9 +158,9 @@ class MpiTransport final : public Transport {
     return static_cast<std::size_t>(std::lower_bound(ranks_on_node_.begin(), ranks_on_node_.end(), peer) -
                                     ranks_on_node_.begin());
   }
+  bool is_on_node(int peer) const { return std::binary_search(ranks_on_node_.begin(), ranks_on_node_.end(), peer); }
   bool through_memory(int peer, std::size_t bytes) const {
-    return node_ && NodeExchange::takes(bytes) &&
-           std::binary_search(ranks_on_node_.begin(), ranks_on_node_.end(), peer);
+    return node_ && NodeExchange::takes(bytes) && is_on_node(peer);
   }
 
   // Parcels that the receiver was told of apart from those that go this way by their size.
@@ -158,6 +173,7 @@ class MpiTransport final : public Transport {
   MpiMessages messages_;
   Communicator comm_;
   MpiParcels parcels_;
+  MpiLosses losses_;
   int rank_ = 0;
   int size_ = 0;
   int max_tag_ = 32767;

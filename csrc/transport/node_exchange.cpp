@@ -94,7 +94,8 @@ bool NodeExchange::send(std::span<const std::size_t> peers, Tag tag, std::span<c
   }
   const bool early = outgoing_.size() < early_blocks;  // the data have been copied: the sender may have its buffer back
   if (early) finished_.push_back(on_done);
-  outgoing_.push_back({block, tag, early ? OnDone() : on_done});
+  outgoing_.push_back(
+      {block, tag, early ? OnDone() : on_done, peers.size() == 1 ? std::optional(peers.front()) : std::nullopt});
   return true;
 }
 
@@ -111,8 +112,19 @@ void NodeExchange::cancel(Tag tag) {
   for (auto& waiting : waiting_) {
     std::erase_if(waiting, [tag](const Announcement& announcement) { return announcement.tag == tag; });
   }
+  take_back([tag](const Outgoing& outgoing) { return outgoing.tag == tag; });
+}
+
+void NodeExchange::forget(std::size_t peer) {
+  lanes_.forget(static_cast<int>(peer));
+  waiting_[peer].clear();
+  take_back([peer](const Outgoing& outgoing) { return outgoing.only_peer == peer; });
+}
+
+template <class IsWanted>
+void NodeExchange::take_back(IsWanted is_wanted) {
   for (std::size_t i = outgoing_.size(); i > 0; --i) {
-    if (outgoing_[i - 1].tag != tag) continue;
+    if (!is_wanted(outgoing_[i - 1])) continue;
     // A new generation: who still reads the block will notice. The fence keeps what is written into it after that.
     const std::size_t block = outgoing_[i - 1].block;
     segment(self_).state(block).store(block_state(++generations_[block], 0), std::memory_order_relaxed);

@@ -56,6 +56,10 @@ class NodeExchange {
   // again, and what a peer has not received by now it never will. What peers announce with it later is thrown away.
   void cancel(Tag tag);
 
+  // Its process has died: nothing is wanted from it any more, and what only it was to read is free again. What others
+  // were to read, too, stays with them until it is cancelled.
+  void forget(std::size_t peer);
+
   // Moves what can be moved. Callbacks of what has finished are appended to `finished`, not run.
   void poll(std::vector<OnDone>* finished);
 
@@ -82,13 +86,16 @@ class NodeExchange {
   struct Outgoing {
     std::size_t block;
     Tag tag;
-    OnDone on_done;  // empty: has run already
+    OnDone on_done;                        // empty: has run already
+    std::optional<std::size_t> only_peer;  // that reads it
   };
 
   Segment segment(std::size_t rank) const;
   void post(std::size_t peer, const Announcement& announcement);
   void post_waiting(std::size_t peer);
   void reclaim_blocks();
+  template <class IsWanted>
+  void take_back(IsWanted is_wanted);     // blocks that are being read
   void release_block(std::size_t index);  // of outgoing_
   void deliver(std::size_t peer, std::optional<Match> match);
   bool let_go(std::size_t peer, const Announcement& announcement);

@@ -52,6 +52,13 @@ class Transport {
   // may wait in vain. A callback of what had finished before may still run. Not from inside a callback.
   virtual void cancel(Tag tag) = 0;
 
+  // Whether the others can go on when a process dies: then take_lost() says whose has.
+  virtual bool survives_losses() const { return false; }
+
+  // The ranks whose processes have died since the last call. What was on its way to and from them has ended, without
+  // callbacks, and what is started towards them from now on does nothing; so do transfers that they are part of.
+  virtual std::vector<int> take_lost() { return {}; }
+
   // Completes what can be completed and runs the callbacks, which may start new transfers. Returns whether anything
   // was completed.
   virtual bool progress() = 0;

@@ -90,7 +90,7 @@ def show(report: StragglerReport, idle_s: float) -> Table:
     for rank, row in zip(report.ranks, report.rows(), strict=True):
         bar = "█" * round(10 * rank.late) + "·" * (10 - round(10 * rank.late))
         cells = [row[0], f"{bar} {rank.verdict}", row[2], row[3], row[5], row[9], row[11]]
-        table.add_row(*cells, style=colours[rank.verdict])
+        table.add_row(*cells, style=colours.get(rank.verdict, "magenta"))
     return table
 
 
@@ -98,4 +98,4 @@ def forget(channel: ChannelRecording, last: int) -> None:
     """Drops the lines of old steps, so that watching a long run needs no more memory than a short one."""
     newest = max((line["step"] for line in channel.lines), default=0)
     if len(channel.lines) > 40 * last:
-        channel.lines = [line for line in channel.lines if line["step"] >= newest - 2 * last]
+        channel.lines = [line for line in channel.lines if line["step"] >= newest - 2 * last or line["event"] == "lost"]

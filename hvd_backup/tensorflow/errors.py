@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvd_backup import failures
 from hvd_backup.errors import HvdBackupError, UsageError
 
 __all__ = ["translate"]
@@ -41,6 +42,8 @@ def _teach(theirs: Any, ours: Any) -> None:
     def new(kind: Any, node_def: Any = None, op: Any = None, message: str = "", *rest: Any) -> Any:
         wrong, text = _text_of(message)
         made = _both(theirs, UsageError if wrong else ours) if kind is theirs and text else kind
+        if text and not wrong and ours is HvdBackupError:
+            failures.happened(text)
         return Exception.__new__(made, node_def, op, message, *rest)
 
     theirs.__new__ = staticmethod(new)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hvd_backup.applied import AppliedUpdate
 from hvd_backup.context import is_initialized, shutdown, straggler_report
 from hvd_backup.errors import ConfigError, HvdBackupError, NotInitializedError, UsageError
+from hvd_backup.failures import on_failure
 from hvd_backup.first_n import ReduceOp
 from hvd_backup.follow import follow
 from hvd_backup.mpi import (
@@ -106,6 +107,7 @@ __all__ = [
     "local_size",
     "mpi_enabled",
     "mpi_threads_supported",
+    "on_failure",
     "poll",
     "rank",
     "shutdown",

@@ -134,10 +134,10 @@ def broadcast_(tensor: torch.Tensor, root_rank: int, name: str | None = None, pr
     _no_process_set(process_set)
     here = context.current()
     root = here.root(root_rank)
-    here.full_collective(f"broadcast({signature_of(tensor)}, root_rank={root}, name={name!r})")
+    with here.full_collective(f"broadcast({signature_of(tensor)}, root_rank={root}, name={name!r})") as left:
+        whole = contiguous("broadcast", tensor.detach())
+        byte_collectives.broadcast(left.comm, bytes_of(whole), left.place_of(root))
     with torch.no_grad():
-        whole = contiguous("broadcast", tensor)
-        byte_collectives.broadcast(here.comm, bytes_of(whole), root)
         if whole.data_ptr() != tensor.data_ptr():
             tensor.copy_(whole)
     return tensor
@@ -192,13 +192,13 @@ class _Allgather(torch.autograd.Function):
         whole = contiguous("allgather", tensor)
         ctx.shape = whole.shape
         whole = whole.reshape(1) if whole.dim() == 0 else whole
-        here.full_collective(f"allgather({signature_of(whole, first='any')}, name={name!r})")
-        lengths = here.comm.allgather(len(whole))
-        ctx.own = slice(sum(lengths[: here.rank]), sum(lengths[: here.rank + 1]))
-        gathered = torch.empty((sum(lengths), *whole.shape[1:]), dtype=whole.dtype)
-        row_bytes = gathered[0].numel() * gathered.element_size() if sum(lengths) else 0
-        byte_lengths = [length * row_bytes for length in lengths]
-        byte_collectives.allgather(here.comm, bytes_of(whole), bytes_of(gathered), byte_lengths)
+        with here.full_collective(f"allgather({signature_of(whole, first='any')}, name={name!r})") as left:
+            lengths, own = left.comm.allgather(len(whole)), left.place_of(here.rank)
+            ctx.own = slice(sum(lengths[:own]), sum(lengths[: own + 1]))
+            gathered = torch.empty((sum(lengths), *whole.shape[1:]), dtype=whole.dtype)
+            row_bytes = gathered[0].numel() * gathered.element_size() if sum(lengths) else 0
+            byte_lengths = [length * row_bytes for length in lengths]
+            byte_collectives.allgather(left.comm, bytes_of(whole), bytes_of(gathered), byte_lengths)
         return gathered
 
     @staticmethod

@@ -9,6 +9,7 @@ import torch
 
 from hvd_backup import byte_collectives, context, mpi
 from hvd_backup.errors import UsageError
+from hvd_backup.survivors import Survivors
 from hvd_backup.torch import hyperparameters
 from hvd_backup.torch.horovod_names import HOROVOD, is_global
 from hvd_backup.torch.memory import bytes_of, contiguous, signature_of
@@ -42,8 +43,8 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Any] | 
     here = context.current()
     root = here.root(root_rank)
     told = ", ".join(f"{name} {signature_of(tensor)}" for name, tensor in tensors)
-    here.full_collective(f"broadcast_parameters({told}, root_rank={root})")
-    _broadcast_in_place(here, [tensor for _, tensor in tensors], root)
+    with here.full_collective(f"broadcast_parameters({told}, root_rank={root})") as left:
+        _broadcast_in_place(left, [tensor for _, tensor in tensors], root)
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None) -> None:
@@ -63,21 +64,23 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     root = here.root(root_rank)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     told = ", ".join(signature_of(parameter) for parameter in parameters)
-    here.full_collective(f"broadcast_optimizer_state({type(optimizer).__name__} of {told}, root_rank={root})")
-    fresh, values = byte_collectives.broadcast_object(
-        here.comm, (not optimizer.state, hyperparameters.snapshot(optimizer.param_groups)), root
-    )
-    hyperparameters.install(optimizer.param_groups, values)  # first: weight decay makes the step change weights
-    if fresh:
-        optimizer.state.clear()
-        _step_with_zeros(optimizer, parameters, model)
-    outline = byte_collectives.broadcast_object(here.comm, _outline(optimizer, parameters), root)
-    state, values, global_step = outline
-    for parameter, entries in zip(parameters, state, strict=True):
-        if here.rank != root:
-            _shape_state(optimizer, parameter, entries)
-        tensors = [optimizer.state[parameter][key] for key, entry in entries.items() if isinstance(entry, _Shape)]
-        _broadcast_in_place(here, tensors, root)
+    what = f"broadcast_optimizer_state({type(optimizer).__name__} of {told}, root_rank={root})"
+    with here.full_collective(what) as left:
+        place = left.place_of(root)
+        fresh, values = byte_collectives.broadcast_object(
+            left.comm, (not optimizer.state, hyperparameters.snapshot(optimizer.param_groups)), place
+        )
+        hyperparameters.install(optimizer.param_groups, values)  # first: weight decay makes the step change weights
+        if fresh:
+            optimizer.state.clear()
+            _step_with_zeros(optimizer, parameters, model)
+        outline = byte_collectives.broadcast_object(left.comm, _outline(optimizer, parameters), place)
+        state, values, global_step = outline
+        for parameter, entries in zip(parameters, state, strict=True):
+            if here.rank != root:
+                _shape_state(optimizer, parameter, entries)
+            tensors = [optimizer.state[parameter][key] for key, entry in entries.items() if isinstance(entry, _Shape)]
+            _broadcast_in_place(left, tensors, root)
     hyperparameters.install(optimizer.param_groups, values)
     if hasattr(optimizer, "training"):
         optimizer.training.global_step = global_step
@@ -141,10 +144,10 @@ def _shape_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, entr
     }
 
 
-def _broadcast_in_place(here: context.Context, tensors: list[torch.Tensor], root: int) -> None:
+def _broadcast_in_place(left: Survivors, tensors: list[torch.Tensor], root: int) -> None:
     for tensor in tensors:
         whole = contiguous("broadcast", tensor)
-        byte_collectives.broadcast(here.comm, bytes_of(whole), root)
+        byte_collectives.broadcast(left.comm, bytes_of(whole), left.place_of(root))
         if whole.data_ptr() != tensor.data_ptr():
             with torch.no_grad():
                 tensor.copy_(whole)
