@@ -102,7 +102,7 @@ def main() -> None:
         columns = ["case", "b", "update [ms]", "progress per s", "auto / best fixed", "updates by N"]
         title = f"Fixed and automatic b: {comm.size} ranks, computing {args.compute_ms:g} ms, B = {args.noise_scale:g}"
         measurement.print_table(title, columns, rows, f"{args.updates} updates each, start included")
-        measurement.write_json(args.json, "auto_perf", {"ranks": comm.size, **vars(args)}, results)
+        measurement.write_json(args.json, "auto_perf", {**vars(args), "ranks": comm.size}, results)
     hvd.shutdown()
 
 

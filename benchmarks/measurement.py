@@ -31,14 +31,15 @@ from hvd_backup import launch
 NAP_S = 0.0005
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, ranks: int = 4, survive_losses: bool = False) -> argparse.Namespace:
     """Parses the arguments that all benchmarks have, and starts the ranks unless this process is one of them."""
-    parser.add_argument("--ranks", type=int, default=4, help="ranks to start when not started by mpirun (default 4)")
+    told = f"ranks to start when not started by mpirun (default {ranks})"
+    parser.add_argument("--ranks", type=int, default=ranks, help=told)
     parser.add_argument("--json", metavar="FILE", help="write settings, machine and results there")
     parser.add_argument("--quick", action="store_true", help="a few seconds: to see that it works, not to quote")
     args = parser.parse_args()
     if not launch.inside_mpi():
-        launch.run_self_on(args.ranks)
+        launch.run_self_on(args.ranks, survive_losses=survive_losses)
     return args
 
 

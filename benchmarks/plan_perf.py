@@ -82,7 +82,7 @@ def main() -> None:
         columns = ["delays", "b", "predicted [ms]", "measured [ms]", "predicted / measured"]
         title = f"Time per update, predicted from a run with b = 0: {comm.size} ranks, computing {args.compute_ms:g} ms"
         measurement.print_table(title, columns, rows, f"{args.updates} updates each")
-        measurement.write_json(args.json, "plan_perf", {"ranks": comm.size, **vars(args)}, results)
+        measurement.write_json(args.json, "plan_perf", {**vars(args), "ranks": comm.size}, results)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def main() -> None:
     ]
     title = f"What recording costs: {comm.size} ranks, {args.model_mib:g} MiB, computing {args.compute_ms:g} ms"
     measurement.print_table(title, ["", "value"], rows, f"{args.runs} runs of {args.updates} updates of each kind")
-    measurement.write_json(args.json, "recording_perf", {"ranks": comm.size, **vars(args)}, results)
+    measurement.write_json(args.json, "recording_perf", {**vars(args), "ranks": comm.size}, results)
 
 
 if __name__ == "__main__":

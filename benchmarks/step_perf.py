@@ -195,7 +195,7 @@ def main() -> None:
         )
         print_results(args, results, pieces)
         document = {"cases": results, "straggler_back": back, "ideal_tail_s": tail_s}
-        measurement.write_json(args.json, "step_perf", {"ranks": comm.size, **vars(args)}, document)
+        measurement.write_json(args.json, "step_perf", {**vars(args), "ranks": comm.size}, document)
     hvd.shutdown()
 
 

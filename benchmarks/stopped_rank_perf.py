@@ -122,7 +122,7 @@ def main() -> None:
             "verified": True,  # a wrong history or mean has ended the run
         }
         print_results(args, comm.size, results)
-        measurement.write_json(args.json, "stopped_rank_perf", {"ranks": comm.size, **vars(args)}, results)
+        measurement.write_json(args.json, "stopped_rank_perf", {**vars(args), "ranks": comm.size}, results)
     hvd.shutdown()
 
 

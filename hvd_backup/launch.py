@@ -44,7 +44,9 @@ class Launcher:
             raise LaunchError(f"cannot start {ranks} ranks: give at least 1")
         if survive_losses and self.dialect != "openmpi5":
             raise LaunchError(f"{self.path} ends all ranks when one dies: that they go on takes Open MPI 5")
-        flags = ["-n", str(ranks), *(["--with-ft", "ulfm"] if survive_losses else [])]
+        flags = ["-n", str(ranks)]
+        if survive_losses:
+            flags += ["--with-ft", "ulfm", "--mca", "async_mpi_finalize", "1"]  # the latter: docs/failures.md
         if self.dialect == "openmpi5":
             flags += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
         elif self.dialect == "openmpi4":
@@ -152,11 +154,12 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
     capture: bool = False,
+    survive_losses: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `program` on `ranks` ranks to its end; no process of the job outlives this call.
 
     Args:
-        ranks, program, env, cwd: as in `start`.
+        ranks, program, env, cwd, survive_losses: as in `start`.
         timeout_s: seconds until the job is killed; None waits for ever.
         capture: return standard output and error as text; otherwise they go where this process's go.
 
@@ -164,7 +167,7 @@ def run(
         subprocess.TimeoutExpired: the time was over; carries the output so far when captured.
     """
     pipe = subprocess.PIPE if capture else None
-    job = start(ranks, program, env=env, cwd=cwd, stdout=pipe, stderr=pipe)
+    job = start(ranks, program, env=env, cwd=cwd, stdout=pipe, stderr=pipe, survive_losses=survive_losses)
     try:
         out, err = job.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as expired:
@@ -201,11 +204,11 @@ def exit_on_signals() -> None:
         signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
-def run_self_on(ranks: int) -> NoReturn:
+def run_self_on(ranks: int, *, survive_losses: bool = False) -> NoReturn:
     """Runs this very script, with its own arguments, on `ranks` ranks, and exits with its status."""
     exit_on_signals()
     try:
-        done = run(ranks, [sys.executable, *sys.argv])
+        done = run(ranks, [sys.executable, *sys.argv], survive_losses=survive_losses)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(done.returncode)

@@ -22,11 +22,11 @@ def benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))  # ranks inherit this process's path
 
 
-def quick_results(name: str, folder: Path, *options: str) -> tuple[Any, str]:
+def quick_results(name: str, folder: Path, *options: str, survive_losses: bool = False) -> tuple[Any, str]:
     """Runs a benchmark on four ranks in its quick mode; returns the results from its JSON, and what it printed."""
     file = folder / "results.json"
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--json", str(file), *options]
-    done = launch.run(4, command, timeout_s=120, capture=True)
+    done = launch.run(4, command, timeout_s=120, capture=True, survive_losses=survive_losses)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(file.read_text())
     assert document["benchmark"] == name
@@ -57,6 +57,13 @@ def test_step_perf(tmp_path: Path, options: tuple[str, ...]) -> None:
     assert cases["straggler", 1]["p50_ms"] < 250
     assert results["straggler_back"]["since"] > 0
     assert "time / ideal" in printed
+
+
+def test_killed_rank_perf(tmp_path: Path) -> None:
+    results, printed = quick_results("killed_rank_perf", tmp_path, survive_losses=True)
+    assert results["kills"] == 1 and results["verified"]
+    assert results["longest_extra_wait_ms"] < 500
+    assert "longest extra wait" in printed
 
 
 def test_stopped_rank_perf(tmp_path: Path) -> None:

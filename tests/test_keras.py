@@ -108,7 +108,7 @@ def test_i4_a_tape_with_its_optimizer_does_not_wait_for_a_slow_rank(tensorflow_r
     values = of(tensorflow_results, name)
     followed_loop(values)
     slow = values[3]
-    assert slow["computed"] < EPOCH / 2, "it has worked through old updates"
+    assert slow["computed"] < EPOCH, "it has worked through old updates"
     assert slow["counters"]["contributed"] + slow["counters"]["caught_up"] == 2 * EPOCH
     in_time = [update for update in values[0]["seen"] if 3 not in update[1]]
     assert len(in_time) > EPOCH, "the others have waited for the slow rank"

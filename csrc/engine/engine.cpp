@@ -830,11 +830,10 @@ void Engine::take_records() {
   for (const Record& record : records) {
     const bool died = record.event == Record::Event::lost;
     const bool failed = record.event == Record::Event::gone && !record.reason.empty();
-    if ((died || failed) && record.ranks != reported_gone_) {  // once, not for every channel
+    if ((died || failed) && reported_gone_.insert(record.ranks.front()).second) {  // once, not for every channel
       report(rank_, "rank " + std::to_string(record.ranks.front()) +
                         (died ? " has died at step " + std::to_string(record.step) + " of '" + record.channel + "'"
                               : " has left: " + record.reason));
-      reported_gone_ = record.ranks;
     }
     if (record.event == Record::Event::chosen) {
       report(rank_, "'" + record.channel + "' from step " + std::to_string(record.step) + " on " + record.reason);

@@ -187,7 +187,7 @@ class Engine {
   Trace trace_;
   Timeline timeline_;
   Recording recording_;  // guarded by mutex_
-  Ranks reported_gone_;
+  std::set<int> reported_gone_;
   std::vector<std::shared_ptr<Fetch>> fetches_;
   TimeUs fetch_us_ = 0;  // that the last fetch took, from the request that was answered
   Step newest_fetched_ = -1;
