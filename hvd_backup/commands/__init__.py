@@ -2,15 +2,14 @@
 
 import argparse
 
+from hvd_backup import option_values
+
 __all__ = ["count"]
 
 
 def count(text: str) -> int:
     """The value of an option that is a number of things, at least one."""
     try:
-        number = int(text)
+        return int(option_values.integer(1)(text))
     except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, given {text}")
-    return number
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, given {text}") from None
