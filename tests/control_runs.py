@@ -9,7 +9,8 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from random import Random
 
 from tqdm import tqdm
@@ -96,19 +97,14 @@ def is_training(rank: Rank, channels: int) -> bool:
     return len(rank.lines) == channels and all(line.history for line in rank.lines.values())
 
 
-class reported:  # noqa: N801 (reads like a function)
+@contextmanager
+def reported(plan: Plan, world: World) -> Iterator[None]:
     """What happened is added to a Violation; any other exception of a state machine counts as one."""
-
-    def __init__(self, plan: Plan, world: World) -> None:
-        self.plan, self.world = plan, world
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception):
-            what = str(error) if isinstance(error, Violation) else f"{type(error).__name__}: {error}"
-            raise AssertionError("\n".join([what, str(self.plan), self.world.text(), what])) from error
+    try:
+        yield
+    except Exception as error:
+        what = str(error) if isinstance(error, Violation) else f"{type(error).__name__}: {error}"
+        raise AssertionError("\n".join([what, str(plan), world.text(), what])) from error
 
 
 Run = Callable[[Plan, list[int], "Bug | None"], "World | None"]
