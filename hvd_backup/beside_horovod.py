@@ -33,6 +33,7 @@ class Horovod:
         self._name = f"horovod.{framework}"
         self._module: SimpleNamespace | None = None
         self._why_not = ""
+        self._wanted_before_init = False
 
     def why_not(self) -> str:
         """Why Horovod cannot be used in this process; empty when it can. Imports it, and starts nothing."""
@@ -57,6 +58,27 @@ class Horovod:
         if why_not := self.why_not():
             raise UsageError(f"this needs Horovod ({self._name}), which cannot be used here: {why_not}")
         return self._module
+
+    def init(self, comm: Any = None, process_sets: Any = None) -> None:
+        """Starts the engine: collective over `comm`. A second call does nothing.
+
+        Args:
+            comm: mpi4py communicator of the ranks that take part, or a list of ranks; None: MPI.COMM_WORLD.
+            process_sets: Horovod's: a list of ProcessSet, or "dynamic"; starts Horovod at once.
+
+        Raises:
+            ConfigError, UsageError: on every rank; see hvd_backup.context.init.
+        """
+        context.init(comm)
+        if process_sets or self._wanted_before_init:
+            self.start(process_sets)
+
+    def use_after_init(self) -> None:
+        """Something is used that works by itself once Horovod runs: starts it now, or together with init()."""
+        if context.is_initialized():
+            self.start()
+        else:
+            self._wanted_before_init = True
 
     def start(self, process_sets: Any = None) -> Any:
         """Initialises Horovod, with the communicator that init() was given, unless it is initialised; returns it.
@@ -148,20 +170,6 @@ class HorovodNames:
     def there(self) -> frozenset[str]:
         """Those that can be used here."""
         return self.all() if self.horovod.usable() else frozenset()
-
-    def init(self, comm: Any = None, process_sets: Any = None) -> None:
-        """Starts the engine: collective over `comm`. A second call does nothing.
-
-        Args:
-            comm: mpi4py communicator of the ranks that take part, or a list of ranks; None: MPI.COMM_WORLD.
-            process_sets: Horovod's: a list of ProcessSet, or "dynamic"; starts Horovod at once.
-
-        Raises:
-            ConfigError, UsageError: on every rank; see hvd_backup.context.init.
-        """
-        context.init(comm)
-        if process_sets:
-            self.horovod.start(process_sets)
 
     def join(self) -> int:
         """For uneven data: this rank's part is over; returns when all ranks have joined, the one that did so last.

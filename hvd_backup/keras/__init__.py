@@ -36,7 +36,7 @@ from hvd_backup.mpi import (
     size,
 )
 
-init, join = NAMES.init, NAMES.join
+init, join = NAMES.horovod.init, NAMES.join
 
 Average = ReduceOp.AVERAGE
 Sum = ReduceOp.SUM

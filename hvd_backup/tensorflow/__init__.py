@@ -47,7 +47,7 @@ from hvd_backup.tensorflow.gradient_tape import DistributedGradientTape
 from hvd_backup.tensorflow.horovod_names import NAMES
 from hvd_backup.tensorflow.optimizer import DistributedOptimizer
 
-init, join = NAMES.init, NAMES.join
+init, join = NAMES.horovod.init, NAMES.join
 
 Average = ReduceOp.AVERAGE
 Sum = ReduceOp.SUM

@@ -31,7 +31,6 @@ __all__ = [
     "poll",
     "resolve",
     "synchronize",
-    "use_after_init",
 ]
 
 
@@ -56,22 +55,7 @@ PLAIN = words("""
 NAMES = OURS | EITHER | COLLECTIVES | STARTED | PLAIN
 
 HOROVOD = Horovod("torch")
-_wanted_before_init = False
-
-
-def init(comm: Any = None, process_sets: Any = None) -> None:
-    """Starts the engine: collective over `comm`. A second call does nothing.
-
-    Args:
-        comm: mpi4py communicator of the ranks that take part, or a list of ranks; None: MPI.COMM_WORLD.
-        process_sets: Horovod's: a list of ProcessSet, or "dynamic"; starts Horovod at once.
-
-    Raises:
-        ConfigError, UsageError: on every rank; see hvd_backup.context.init.
-    """
-    context.init(comm)
-    if process_sets or _wanted_before_init:
-        HOROVOD.start(process_sets)
+init = HOROVOD.init
 
 
 def resolve(name: str) -> Any:
@@ -93,17 +77,8 @@ def resolve(name: str) -> Any:
     if name in ("start_timeline", "stop_timeline"):
         return _after_start(name)
     if name in STARTED:
-        use_after_init()
+        HOROVOD.use_after_init()
     return getattr(HOROVOD.module(), name)
-
-
-def use_after_init() -> None:
-    """Something is used that works by itself once Horovod runs: starts it now, or together with init()."""
-    global _wanted_before_init
-    if context.is_initialized():
-        HOROVOD.start()
-    else:
-        _wanted_before_init = True
 
 
 def barrier(process_set: Any = None) -> None:

@@ -50,7 +50,7 @@ def _replace_names() -> None:
     values = {name: getattr(ours, name) for name in sorted(replaced)}
     for name, value in values.items():
         setattr(theirs, name, value)
-    horovod_names.use_after_init()  # a script may reach into Horovod in ways that we do not see
+    horovod_names.HOROVOD.use_after_init()  # a script may reach into Horovod in ways that we do not see
 
 
 class _Raw:
