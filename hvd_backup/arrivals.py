@@ -137,7 +137,9 @@ def of(channel: ChannelRecording, size: int, last: int | None = None) -> Arrival
         decided[i] = (decision["t_us"] - decision["opened_us"]) / 1e6
         required[i] = decision["required"]
         first[i] = step == 0 or step in lines.round_starts
-        for rank, at, weight in zip(decision["ranks"], decision["arrivals_us"], decision["weights"], strict=True):
+        # An update that nobody contributes to (all have withdrawn, or hold NaN) has none of these.
+        contributions = (decision.get(name, []) for name in ("ranks", "arrivals_us", "weights"))
+        for rank, at, weight in zip(*contributions, strict=True):
             contributed[i, rank], weights[i, rank] = True, weight
             arrival(i, step, rank, at)
         for rank, at in lines.dropped.get(step, {}).items():
@@ -187,9 +189,9 @@ class _by_step:  # noqa: N801
         self.done[line["step"]] = dict(zip(line.get("ranks", []), line.get("done_us", []), strict=True))
         decision = self.decisions.get(line["step"])
         if decision is not None and "mean_squares" in line:
-            weights = tuple(decision["weights"])
+            weights = tuple(decision.get("weights", []))
             squares = line["contribution_squares"], line["mean_squares"]
-            if None not in squares and len(weights) == len(line["ranks"]):
+            if None not in squares and len(weights) == len(line.get("ranks", [])) > 0:
                 self.noise[line["step"]] = Noise(len(weights), *squares, weights)
 
     def _resumed(self, line: Line) -> None:

@@ -209,8 +209,10 @@ def of_arrivals(times: Arrivals, name: str) -> StragglerReport:
     seconds = times.step_seconds()
     step_s = float(np.median(seconds)) if len(seconds) else float(np.median(times.decided))
     waits = times.decided[:, None] - np.where(times.contributed, times.arrived, np.nan)
-    waited = np.nansum(np.maximum(waits, 0)[~times.first])
-    spent = np.sum(times.contributed[~times.first], axis=1) @ (times.decided[~times.first])
+    # From decision to decision: the opening may come after the arrival of a rank that had the update before the others.
+    known = ~times.first[1:]
+    waited = np.nansum(np.maximum(waits, 0)[1:][known])
+    spent = np.sum(times.contributed[1:], axis=1)[known] @ seconds
     ranks = tuple(_rank(times, rank, waits[:, rank], step_s) for rank in range(times.size))
     at = times.opened + times.decided
     return StragglerReport(

@@ -63,6 +63,36 @@ def test_the_times_of_a_planted_recording() -> None:
     assert arrivals.of(trace.parse(PLANTED).channel(), 3, last=4).steps.tolist() == [6, 7, 8, 9]
 
 
+def test_nobody_waits_for_longer_than_there_is_time() -> None:
+    """Rank 0 has each update long before rank 1, so it arrives at the next step before that has opened for all."""
+    lines = []
+    for step in range(10):
+        opened = 2000 * step
+        at = [opened - 900, opened + 100]
+        lines += [
+            line("decision", step, opened + 100, ranks=[0, 1], bases=[step] * 2, arrivals_us=at, opened_us=opened,
+                 required=2, weights=[1.0, 1.0], reason="2 needed have arrived"),
+            line("final", step, opened + 2000, ranks=[0, 1], done_us=[opened + 200, opened + 2000]),
+        ]  # fmt: skip
+    report = stragglers.report(trace.parse(written(OPENED, *lines)))
+    assert report.waited == pytest.approx(0.25), "1 ms of 2 ms in every step, and the other rank never"
+    assert "25% of the time waiting" in report.summary()
+
+
+def test_an_update_that_nobody_contributes_to_is_part_of_the_recording() -> None:
+    """As the core writes it: empty lists are left out."""
+    empty = [
+        line("dropped", 10, 20_900, ranks=[0], bases=[10], arrivals_us=[20_900], reason="non-finite"),
+        line("decision", 10, 21_000, opened_us=20_000, required=2, reason="no gradient is finite"),
+        line("final", 10, 21_000, contribution_squares=0.0, mean_squares=0.0),
+    ]
+    recording = trace.parse(PLANTED + "".join(json.dumps(each) + "\n" for each in empty))
+    times = arrivals.of(recording.channel(), 3)
+    assert not times.contributed[10].any() and times.dropped[10].tolist() == [True, False, False]
+    assert len(times.noise) == 10
+    assert stragglers.report(recording).updates == 11
+
+
 def test_the_report_of_a_planted_recording() -> None:
     report = stragglers.report(trace.parse(PLANTED))
     assert (report.updates, report.required, report.size) == (10, 2, 3)
