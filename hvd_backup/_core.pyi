@@ -48,6 +48,7 @@ class Engine:
         wait_for_all: bool = False,
         average: bool = True,
         automatic: bool = False,
+        drop_nonfinite: bool = False,
     ) -> Channel:
         """Opens the channel `name`, the same on all ranks.
 
@@ -58,6 +59,7 @@ class Engine:
         arrive: "first" or "last" bucket of a scope.
         average: results are means over the contributors, weighted by samples; otherwise sums. Integers: sums.
         automatic: N is chosen from step to step (csrc/control/required_chooser.h), and never below `required`.
+        drop_nonfinite: with arrive="last": gradients (Channel.measure) that hold NaN or infinity count as late.
         wait_for_all: return only when all ranks have opened it (so that differences are found before the first step).
         """
 

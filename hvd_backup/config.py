@@ -73,6 +73,10 @@ class Config:
     arrive: str = _option(
         "first", "a rank arrives with its `first` bucket (overlap) or its `last`", values_of.one_of("first", "last")
     )
+    nonfinite: str = _option(
+        "pass", "a gradient with NaN or Inf: `pass` it on, or `drop` it (it counts as late, and ranks arrive `last`)",
+        values_of.one_of("pass", "drop"),
+    )  # fmt: skip
     bucket_bytes: int = _option(
         25 << 20, "gradients are packed into buckets of about this size", values_of.byte_count,
         horovod="HOROVOD_FUSION_THRESHOLD",

@@ -35,6 +35,7 @@ class Policy:
         on_max_lag: always "wait" yet.
         scope: "step" or "bucket".
         arrive: "first" or "last".
+        nonfinite: "pass" or "drop"; with "drop", arrive is "last".
         journal_bytes: what `max_lag="auto"` may use, on each rank.
     """
 
@@ -49,6 +50,7 @@ class Policy:
     on_max_lag: str = "wait"
     scope: str = "step"
     arrive: str = "first"
+    nonfinite: str = "pass"
     journal_bytes: int = 1 << 30
 
     @classmethod
@@ -81,6 +83,12 @@ class Policy:
             )
         if options.policy == "backup" and options.backup_workers == 0:
             raise ConfigError('policy="backup" needs backup_workers: how many ranks need not be waited for, at least 1')
+        drops = options.nonfinite == "drop"
+        if drops and arguments.get("arrive") is not None and options.arrive == "first":
+            raise ConfigError(
+                'nonfinite="drop" with arrive="first": whether a gradient is finite is known when its last bucket is '
+                'ready, so a rank arrives with that: leave arrive out, or give arrive="last"'
+            )
         return cls(
             size=size,
             backup_workers=backup_workers,
@@ -92,7 +100,8 @@ class Policy:
             max_lag=options.max_lag,
             on_max_lag=options.on_max_lag,
             scope=options.scope,
-            arrive=options.arrive,
+            arrive="last" if drops else options.arrive,
+            nonfinite=options.nonfinite,
             journal_bytes=options.journal_bytes,
         )
 
@@ -100,6 +109,11 @@ class Policy:
     def required(self) -> int:
         """N: how many contributors an update waits for; when `automatic`, at least."""
         return self.size - self.backup_workers
+
+    @property
+    def may_leave_out(self) -> bool:
+        """Whether a rank may have to apply an update that its gradient is not part of."""
+        return self.backup_workers > 0 or self.nonfinite == "drop"
 
     @property
     def grace_us(self) -> int:
@@ -125,6 +139,7 @@ class Policy:
                 f"on_max_lag {self.on_max_lag}",
                 f"scope {self.scope}",
                 f"arrive {self.arrive}",
+                f"nonfinite {self.nonfinite}",
             )
         )
 

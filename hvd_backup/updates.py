@@ -38,7 +38,7 @@ class Framework(Protocol):
         """Between backward() and step(): a gradient has been computed, or an averaged one waits to be applied."""
 
     def load(self, metadata: bytes, filled: list[bool], settled: bool) -> None:
-        """Makes the result buffers the gradients, and the hyperparameters in `metadata` (b > 0) those of the update.
+        """Makes the result buffers the gradients, and the hyperparameters in `metadata`, if any, those of the update.
 
         Args:
             metadata: what the first contributor has sent; empty when the first bucket is not filled.
@@ -127,6 +127,7 @@ class UpdateStream:
             arrive=self.policy.arrive,
             wait_for_all=self._is_alone(),
             automatic=self.policy.automatic,
+            drop_nonfinite=self.policy.nonfinite == "drop",
         )
         return self.channel.proposal
 
@@ -277,7 +278,7 @@ class UpdateStream:
         self._contributing = False
         if self._own is not None:
             self._load(self._own, settled=False)
-        elif update.kind == "over":
+        elif update.kind == "over" and channel.step == base:
             self._dropped_after_end()
         return used
 

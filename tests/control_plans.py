@@ -5,6 +5,7 @@ Each takes a random.Random, which may be Hypothesis's own, so that failing plans
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 from tests.control_programs import Data, Epoch, Failure, Plan
@@ -45,13 +46,22 @@ def epoch(rng: Random, size: int, most: int, alone: bool) -> Epoch:
     return Epoch(tuple(data), style != "unfollowed", align, barrier)
 
 
+def nonfinite(rng: Random, size: int, specs: tuple[ChannelSpec, ...]) -> frozenset[tuple[int, int, int]]:
+    """Which gradients hold NaN; none where ranks arrive before they know."""
+    share = rng.choice([0, 0, 0.05, 0.3, 0.9])
+    if any(spec.arrive_first for spec in specs):
+        return frozenset()
+    places = itertools.product(range(size), range(20), range(len(specs[0].layout)))
+    return frozenset(place for place in places if rng.random() < share)
+
+
 def training(rng: Random) -> Plan:
     """Training that ends as planned, though some ranks may go through fewer epochs."""
     size = rng.randint(1, 5)
     specs = optimizers(rng, size, rng.choice([1, 1, 1, 2]))
     epochs = [epoch(rng, size, rng.choice([1, 3, 6, 20, 0]), len(specs) == 1) for _ in range(rng.randint(1, 3))]
     last = [rng.randrange(len(epochs)) if rng.random() < 0.1 else None for _ in range(size)]
-    return Plan(size, specs, tuple(epochs), tuple(last))
+    return Plan(size, specs, tuple(epochs), tuple(last), nonfinite=nonfinite(rng, size, specs))
 
 
 def failing(rng: Random) -> Plan:
@@ -61,7 +71,7 @@ def failing(rng: Random) -> Plan:
     styles = [epoch(rng, size, rng.randint(0, 3), True) for _ in range(rng.randint(1, 2))]
     epochs = tuple(Epoch(each.data, each.followed, each.align_every) for each in styles)
     failure = Failure(rng.randrange(size), rng.randint(-1, 3), rng.randrange(len(specs[0].layout)), rng.random() < 0.3)
-    return Plan(size, specs, epochs, failure=failure)
+    return Plan(size, specs, epochs, failure=failure, nonfinite=nonfinite(rng, size, specs))
 
 
 def collectives(rng: Random) -> Plan:

@@ -60,6 +60,7 @@ class Plan:
     """What all ranks do: epochs over all channels, or (by rank) calls of collectives.
 
     last_epoch: of each rank, after which it exits; None: it goes through all.
+    nonfinite: gradients that hold NaN, as (rank, which step of its own, bucket).
     """
 
     size: int
@@ -68,6 +69,7 @@ class Plan:
     last_epoch: tuple[int | None, ...] = ()
     failure: Failure | None = None
     calls: tuple[tuple[str, ...], ...] = ()
+    nonfinite: frozenset[tuple[int, int, int]] = frozenset()
 
     def world(self, bug: Bug | None = None) -> World:
         """A world in which every rank is about to begin."""
@@ -240,7 +242,7 @@ def step(line: Line, plan: Plan, count: int) -> Program:
     for bucket in range(len(line.spec.layout)):
         if failure is not None and (failure.rank, failure.step, failure.buckets) == (line.rank, count, bucket):
             raise failure.leave()
-        line.submit(bucket)
+        line.submit(bucket, (line.rank, count, bucket) not in plan.nonfinite)
         yield True
     while (update := (yield from wait(line)))["kind"] == "update" and not update["contributed"]:
         yield True

@@ -98,9 +98,9 @@ class Line:
         self.begun += 1
         self.reductions = {}
 
-    def submit(self, bucket: int) -> None:
+    def submit(self, bucket: int, finite: bool = True) -> None:
         assert self.gradient is not None
-        self.member.submit(bucket)
+        self.member.submit(bucket, finite)
         self.gradient.submitted.add(bucket)
 
     def take(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Line:
         )
 
     def _pass_over_empty_updates(self, step: int) -> None:
-        """When all contributors have withdrawn, the update changes nothing, and the member does not tell of it."""
+        """An update without contributors (all have withdrawn, or hold NaN) changes nothing, and is not told of."""
         while len(self.history) < step:
             at = len(self.history)
             left = self.world.contributors_left(self.spec, at)

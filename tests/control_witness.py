@@ -30,6 +30,10 @@ class Witness:
         self.left: dict[Key, set[int]] = {}  # who has withdrawn after the decision
         self.attempts = 0
         self.excused: dict[Key, set[int]] = {}  # who could not contribute to it
+        self.nonfinite: dict[Key, set[int]] = {}
+        self.arrived: set[tuple[int, Key]] = set()
+        self.dropped: set[tuple[int, Key]] = set()
+        self.failed: set[str] = set()
         self.withdrawals = 0
         self.unanswered: Counter[tuple[object, ...]] = Counter()  # by rank and what it has asked: each gets one answer
 
@@ -44,7 +48,12 @@ class Witness:
             self.unanswered[r, name] += 1
         elif kind in ("Arrive", "BeginRound"):
             if kind == "Arrive":
-                self.unanswered[r, name, body["step"], body["scope"]] += 1
+                key = name, body["step"], body["scope"]
+                self.unanswered[(r, *key)] += 1
+                self.arrived.add((r, key))
+                self.dropped.discard((r, key))  # it may come again, in another round
+                spoiled = self.nonfinite.setdefault(key, set())
+                (spoiled.discard if body["finite"] else spoiled.add)(r)
             self.away[name].discard(r)
             if not self._is_of_all(self.world.specs[name]):
                 self.paused.discard(r)
@@ -70,6 +79,7 @@ class Witness:
                 check(gradient is not None, f"I7: there is no such gradient: {record}")
                 assert gradient is not None
                 gradient.recorded = True
+                self.dropped.add((record["ranks"][0], key))
             elif event in ("replaced", "stopped"):
                 self.attempts += 1
                 for r in record["ranks"]:
@@ -78,6 +88,8 @@ class Witness:
                 self._decided(record, key)
             elif event == "round_over":
                 self.away[name].clear()
+            elif event == "failed":
+                self.failed.add(name)
 
     def replies(self, replies: list[tuple[int, dict[str, Any]]]) -> None:
         decisions: dict[Any, tuple[dict[str, Any], set[int]]] = {}
@@ -96,6 +108,12 @@ class Witness:
                 decisions.setdefault(body["tag"], (body, set()))[1].add(to)
         for body, told in decisions.values():
             self._sent(body, told)
+
+    def account(self) -> None:
+        """I7, at the end: every gradient that has arrived is in its update, or on record as dropped."""
+        for r, key in self.arrived:
+            accounted = r in self.contributors.get(key, []) or (r, key) in self.dropped or key[0] in self.failed
+            check(accounted, f"I7: what became of the gradient of rank {r} for {key}?")
 
     def queue(self, to: int, length: int) -> None:
         """I4: what waits for a rank that is stopped has a fixed bound."""
@@ -123,8 +141,10 @@ class Witness:
         excused = self.away[name] | self.gone
         if spec.kind == "collective":
             excused |= self.joined | (set() if self._is_of_all(spec) else self.paused)
+        excused = excused | self.nonfinite.get(key, set())
         self.excused[key] = excused
         self.contributors[key] = record["ranks"]
+        check(not self.nonfinite.get(key, set()) & set(record["ranks"]), f"I3: a gradient that is not finite: {record}")
         check(all(base == step for base in record["bases"]), f"I2: {record}")
         able = set(range(self.world.size)) - excused - set(record["ranks"])
         enough = len(record["ranks"]) >= spec.required or not able or bool(self.left.get(key))

@@ -133,6 +133,7 @@ class World:
                 continue
             check(rank.left, f"I6: the program of rank {rank.rank} hangs")
             check(rank.all_gone, f"I6: rank {rank.rank} was not told that all have gone")
+        self._witness.account()
 
     def text(self, last: int = 200) -> str:
         """The log's last entries: what happened when, and below it what was said and put on record."""

@@ -75,9 +75,13 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return x, np.stack([x.sum(1), x[:, 0] * x[:, 1], np.abs(x).max(1)], 1).astype(np.float32)
 
 
-def shard(batches: int = STEPS) -> Any:
-    """This rank's first batches: together with those of the others, step by step, the batches of `data`."""
+def shard(batches: int = STEPS, spoiled: tuple[int, ...] = ()) -> Any:
+    """This rank's first batches: together with those of the others, step by step, the batches of `data`.
+
+    spoiled: batches whose inputs are NaN.
+    """
     x, y = (each.reshape(STEPS, hvd.size(), BATCH, -1)[:batches, hvd.rank()] for each in data())
+    x[list(spoiled)] = np.nan
     pairs = (np.ascontiguousarray(each).reshape(-1, each.shape[-1]) for each in (x, y))
     if BACKEND == "tensorflow":
         import tensorflow as tf
@@ -231,6 +235,25 @@ def a_rank_that_is_always_slow() -> dict[str, Any]:
     started = time.monotonic()
     trained.fit(shard(), verbose=0, callbacks=[follow])
     return {"seconds": time.monotonic() - started, "digest": digest(trained), "step": trained.optimizer.global_step}
+
+
+ALL_SPOILED = 9  # the step in which every rank's gradient is NaN
+SPOILED = {1: (3, 4, STEPS - 1), 2: (11,)}  # by rank, further ones
+
+
+@case
+def spoiled_gradients() -> dict[str, Any]:
+    """nonfinite="drop", without backup workers."""
+    trained = model(hvd.DistributedOptimizer(OPTIMIZERS["momentum"](), nonfinite="drop"))
+    before = digest(trained)
+    trained.fit(
+        shard(spoiled=(ALL_SPOILED, *SPOILED.get(hvd.rank(), ()))),
+        epochs=1,
+        verbose=0,
+        callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.FollowCallback()],
+    )
+    finite = all(bool(np.isfinite(keras.ops.convert_to_numpy(each)).all()) for each in trained.variables)
+    return {**account(trained, before), "finite": finite}
 
 
 @case

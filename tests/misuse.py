@@ -11,13 +11,16 @@ the scene must be the same before and after, bit for bit, and the same on all ra
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from hvd_backup import context
 
 COMMAND = "python -m tests.misuse > docs/misuse.md"
 
@@ -131,7 +134,19 @@ class Scene:
         return hashlib.sha256(weights).hexdigest()[:12] if weights else ""
 
 
-def run_all(group: str, around: Callable[[], Any]) -> dict[str, Seen]:
+@contextmanager
+def program(begin: Callable[[], object]) -> Iterator[None]:
+    """A program of its own, which begins with `begin`: what it has started is ended, its variables are taken back."""
+    try:
+        begin()
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith("HVD_BACKUP_") and name != "HVD_BACKUP_HOROVOD"]:
+            del os.environ[name]
+        context.shutdown()
+
+
+def run_all(group: str, around: Callable[[], AbstractContextManager[None]]) -> dict[str, Seen]:
     """Runs the cases of a group, one after the other, on this rank.
 
     Args:

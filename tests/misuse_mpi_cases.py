@@ -2,8 +2,6 @@
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,6 @@ PROGRAM = "Beginning and end of the program"
 ENVIRONMENT = "The environment"
 COLLECTIVES = "Collectives (`hvd_backup.mpi`, and the same of `hvd_backup.torch`)"
 REPLAY = "Replaying a trace"
-
-
-@contextmanager
-def clean_slate() -> Iterator[None]:
-    """Nothing is initialised yet; whatever the case has started is ended, and its variables are taken back."""
-    try:
-        yield
-    finally:
-        for name in [name for name in os.environ if name.startswith("HVD_BACKUP_") and name != "HVD_BACKUP_HOROVOD"]:
-            del os.environ[name]
-        hvd.shutdown()
 
 
 def world() -> Any:

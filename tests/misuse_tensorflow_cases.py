@@ -57,6 +57,16 @@ def keras_wrapped_twice(scene: Scene) -> None:
         hvd.DistributedOptimizer(optimizer())
 
 
+@misuse(KERAS, '`nonfinite="drop"` with a LossScaleOptimizer', "ConfigError", "so the scale would only grow")
+def keras_scale_and_drop(scene: Scene) -> None:
+    import keras
+
+    import hvd_backup.keras as hvd
+
+    with scene.misuse():
+        hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), nonfinite="drop")
+
+
 @misuse(KERAS, "`LossScaleOptimizer` around a DistributedOptimizer", "UsageError", "Wrap it the other way round")
 def loss_scale_around(scene: Scene) -> None:
     import keras

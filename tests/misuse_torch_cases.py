@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,15 +20,6 @@ CHANGES = "A model that changes during training"
 LOOP = "The loop: `follow`"
 LATER = "Numbers that go wrong"
 TENSORS = "Tensors of PyTorch in collectives"
-
-
-@contextmanager
-def program() -> Iterator[None]:
-    hvd.init()
-    try:
-        yield
-    finally:
-        hvd.shutdown()
 
 
 def bytes_of(*modules: torch.nn.Module) -> bytes:
@@ -103,6 +93,21 @@ refused(
     "ConfigError",
     "backup_workers=True: expected an integer >= 0, a",
     backup_workers=True,
+)
+refused(
+    "nonfinite_unknown",
+    '`nonfinite="ignore"`',
+    "ConfigError",
+    'nonfinite=\'ignore\': expected "pass" or "drop"',
+    nonfinite="ignore",
+)
+refused(
+    "nonfinite_arrives_first",
+    '`nonfinite="drop", arrive="first"`',
+    "ConfigError",
+    "a rank arrives with that: leave arrive out",
+    nonfinite="drop",
+    arrive="first",
 )
 refused(
     "least_above_size",
@@ -607,6 +612,26 @@ def unregistered_scaler(scene: Scene) -> None:
 
 @misuse(
     STEP,
+    '`register_scaler` with `nonfinite="drop"`, or a GradScaler that is not registered',
+    "UsageError",
+    "it lowers its scale when it finds Inf in a mean gradient, but a gradient with Inf is left out of the mean",
+)
+def scaler_and_drop(scene: Scene) -> None:
+    model = make_model()
+    scene.weights = lambda: bytes_of(model)
+    optimizer = wrap(model, nonfinite="drop")
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, batch(hvd.rank(), 0))).backward()
+    try:
+        scaler.step(optimizer)
+    except hvd.UsageError as error:
+        assert "nonfinite" in str(error)
+    with scene.misuse():
+        wrap(make_model(), nonfinite="drop").register_scaler(scaler)
+
+
+@misuse(
+    STEP,
     "a function of `on_update` that raises: the next use says that this rank's weights are of no use",
     "HvdBackupError",
     "the weights of this rank are no longer those of the others: end the program, or load a checkpoint",
@@ -925,7 +950,7 @@ def leftovers(scene: Scene) -> None:
 
 @misuse(
     LATER,
-    "a gradient with NaN (`nonfinite` is not there yet)",
+    'a gradient with NaN, and no `nonfinite="drop"`',
     "",
     "it is averaged like any other: the weights become NaN, alike on all ranks",
     trains=True,

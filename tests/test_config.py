@@ -43,6 +43,7 @@ def test_every_option_has_a_variable_and_a_row_in_the_table() -> None:
         ("HVD_BACKUP_ON_MAX_LAG", "wait", "on_max_lag", "wait"),
         ("HVD_BACKUP_SCOPE", "bucket", "scope", "bucket"),
         ("HVD_BACKUP_ARRIVE", "last", "arrive", "last"),
+        ("HVD_BACKUP_NONFINITE", "drop", "nonfinite", "drop"),
         ("HVD_BACKUP_BUCKET_BYTES", "64MiB", "bucket_bytes", 64 << 20),
         ("HOROVOD_FUSION_THRESHOLD", "1024", "bucket_bytes", 1024),
         ("HVD_BACKUP_JOURNAL_BYTES", " 2 gib", "journal_bytes", 2 << 30),

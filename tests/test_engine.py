@@ -23,14 +23,23 @@ ELEMENTS = 1003
 class Stream:
     """One training channel of one rank, with as many float32 buckets as asked for."""
 
-    def __init__(self, engine: Any, required: int, *, buckets: int = 1, scope: str = "step", **options: Any) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        required: int,
+        *,
+        buckets: int = 1,
+        scope: str = "step",
+        elements: int = ELEMENTS,
+        **options: Any,
+    ) -> None:
         self.rank = engine.rank
         self.channel = engine.open("stream", "training", "the same", b"", required, wait_for_all=True, **options)
         self.channel.set_layout(
-            [(ELEMENTS + b, "float32") for b in range(buckets)],
+            [(elements + b, "float32") for b in range(buckets)],
             list(range(buckets)) if scope == "bucket" else [0] * buckets,
         )
-        self.mine = [np.full(ELEMENTS + b, 2.0**self.rank, np.float32) for b in range(buckets)]
+        self.mine = [np.full(elements + b, 2.0**self.rank, np.float32) for b in range(buckets)]
         self.results = [np.zeros_like(mine) for mine in self.mine]
         self.channel.set_results([result.ctypes.data for result in self.results])
         self.applied: list[tuple[int, tuple[tuple[int, ...], ...]]] = []
@@ -130,6 +139,18 @@ def test_the_kth_call_is_the_kth_collective() -> None:
     assert all(ranks == (0, 1) for ranks in seen[0][2:])
 
 
+def in_the_middle_of_step_3(engine: Any, handed_over: threading.Event) -> Stream:
+    """After three updates of N = 3; rank 1 has handed over the first of its three buckets for the next one."""
+    stream = Stream(engine, 3, buckets=3)
+    while stream.channel.step < 3:
+        stream.step()
+    if engine.rank == 1:
+        stream.channel.begin(1.0, b"from 1")
+        stream.submit(0)
+        handed_over.set()
+    return stream
+
+
 @pytest.mark.parametrize("decided", [True, False])
 def test_i6_a_rank_that_fails_in_the_middle_of_its_contribution_is_replaced(decided: bool, tmp_path: Path) -> None:
     """With arrive="first" the others may have begun to reduce what the rank will never complete."""
@@ -137,13 +158,8 @@ def test_i6_a_rank_that_fails_in_the_middle_of_its_contribution_is_replaced(deci
     trace = tmp_path / "trace.jsonl"
 
     def body(engine: Any) -> Stream | None:
-        stream = Stream(engine, 3, buckets=3)
-        while stream.channel.step < 3:
-            stream.step()
+        stream = in_the_middle_of_step_3(engine, handed_over)
         if engine.rank == 1:
-            stream.channel.begin(1.0, b"from 1")
-            stream.submit(0)
-            handed_over.set()
             if decided:
                 wait_for_line(trace, lambda line: line["event"] == "decision" and line["step"] == 3)
             raise ZeroDivisionError("in the middle of backward")
@@ -173,13 +189,8 @@ def test_i4_a_contributor_that_turns_slow_is_replaced_by_who_has_arrived_since(t
     trace = tmp_path / "trace.jsonl"
 
     def body(engine: Any) -> Stream:
-        stream = Stream(engine, 3, buckets=3)
-        while stream.channel.step < 3:
-            stream.step()
+        stream = in_the_middle_of_step_3(engine, arrived)
         if engine.rank == 1:
-            stream.channel.begin(1.0, b"from 1")
-            stream.submit(0)
-            arrived.set()
             wait_for_line(trace, lambda line: line["event"] == "final" and line["step"] == 3)
             stream.submit(1)
             stream.submit(2)
@@ -263,6 +274,24 @@ def test_i5_the_journal_holds_max_lag_updates_and_the_others_wait_at_the_bound(c
 
     equal_histories(spawn(3, body, trace=str(trace)))
     assert "rank 2 is 4 updates behind" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("elements", [ELEMENTS, 100_003])  # goes with the arrival; is exchanged
+@pytest.mark.parametrize("required", [2, 3])
+def test_a_gradient_that_is_not_finite_is_in_no_sum(required: int, elements: int) -> None:
+    def body(engine: Any) -> Stream:
+        stream = Stream(engine, required, elements=elements, arrive="last", drop_nonfinite=True)
+        stream.channel.measure(1)
+        while (step := stream.channel.step) < 4:
+            stream.mine[0][-1] = np.nan if engine.rank == step or step == 3 else 2.0**engine.rank
+            stream.step()
+        assert len(stream.applied) == 3, "the last step is over, without an update"
+        assert stream.channel.counters()["dropped"] >= (2 if required == 3 else 1)
+        return stream
+
+    applied = equal_histories(spawn(3, body))
+    for step, (ranks,) in applied:
+        assert step not in ranks and len(ranks) >= min(required, 2)
 
 
 def test_nothing_is_kept_when_nobody_is_missing() -> None:

@@ -86,6 +86,15 @@ def test_a_followed_epoch_in_other_ways_of_tensorflow(tensorflow_results: Result
     assert {value["step"] for value in of(tensorflow_results, name)} == {epochs * EPOCH}
 
 
+def test_gradients_that_are_not_finite_are_left_out_if_so_wanted(keras_results: Results) -> None:
+    values = of(keras_results, "spoiled_gradients")
+    assert len(digests(values)) == 1
+    assert all(value["finite"] and value["trained"] for value in values)
+    assert {value["step"] for value in values} == {EPOCH}
+    assert [value["counters"]["dropped"] for value in values] == [1, 4, 2, 1]
+    assert [value["counters"]["caught_up"] for value in values] == [0, 3, 1, 0]
+
+
 def test_the_learning_rate_travels_with_the_update(keras_results: Results) -> None:
     assert len({value["rate"] for value in of(keras_results, "delayed_with_a_rate_that_is_set_in_every_step")}) == 1
 

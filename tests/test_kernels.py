@@ -218,3 +218,37 @@ def test_there_are_no_squared_norms_of_integers() -> None:
     one = np.ones(4, np.int32)
     with pytest.raises(RuntimeError, match="no squared norms of integers"):
         core.measured_sum("int32", np.zeros(4, np.int32).ctypes.data, [one.ctypes.data], [1.0], 1.0, 4, "")
+
+
+# --- is it finite? ------------------------------------------------------------------------------------------------
+
+
+def all_finite(array: Array, dtype: str) -> bool:
+    return bool(core.all_finite(dtype, array.ctypes.data, len(array)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("count", [1, 7, 64, 20_001])  # the last: more than one block, in every type
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: str, value: float, count: int) -> None:
+    for place in {0, 1, count // 2, count - 1} - {count}:
+        array = misaligned(from_numbers(dtype, np.ones(count)), place % 3 * storage(dtype).itemsize)
+        assert all_finite(array, dtype)
+        array[place : place + 1] = from_numbers(dtype, np.array([value]))
+        assert not all_finite(array, dtype)
+        assert all_finite(array[:place], dtype), "beside it nothing is looked at"
+        assert all_finite(array[place + 1 :], dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(data=st.data())
+def test_any_bits_are_judged_as_by_numpy(dtype: str, data: st.DataObject) -> None:
+    size = storage(dtype).itemsize
+    patterns = data.draw(st.lists(st.integers(0, 256**size - 1), max_size=40))
+    array = np.array(patterns, f"u{size}").view(storage(dtype))
+    assert all_finite(array, dtype) == bool(np.isfinite(widened(dtype, array)).all())
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_integers_are_always_finite(dtype: str) -> None:
+    assert all_finite(np.full(9, -1, dtype), dtype)

@@ -43,6 +43,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "scopes": int32,
         "buckets": int32,
         "samples": number,
+        "finite": st.booleans(),
         "metadata": text,
         "payload": text,
     },

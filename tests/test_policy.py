@@ -84,6 +84,8 @@ def test_numpy_numbers_are_numbers() -> None:
         ({"on_max_lag": "resync"}, "not there yet"),
         ({"scope": "layer"}, "scope='layer'"),
         ({"arrive": ""}, "arrive=''"),
+        ({"nonfinite": "skip"}, "nonfinite='skip': expected"),
+        ({"nonfinite": "drop", "arrive": "first"}, 'leave arrive out, or give arrive="last"'),
         ({"policy": "asynchronous"}, "not there yet; those that exist: synchronous, backup"),
         ({"policy": "backup"}, "needs backup_workers"),
         ({"policy": "synchronous", "backup_workers": 1}, "waits for all ranks, but backup_workers=1"),
@@ -108,6 +110,13 @@ def test_a_policy_by_name() -> None:
     assert Policy.resolve(config, 4, policy="backup").required == 3
 
 
+def test_who_drops_what_is_not_finite_arrives_with_the_last_bucket_and_may_be_left_out() -> None:
+    assert not Policy.resolve(Config(), 4).may_leave_out
+    policy = Policy.resolve(Config.from_environment({"HVD_BACKUP_NONFINITE": "drop"}), 4)
+    assert (policy.nonfinite, policy.arrive, policy.may_leave_out) == ("drop", "last", True)
+    assert Policy.resolve(Config(), 4, backup_workers=1).may_leave_out
+
+
 OPTIONS: dict[str, list[object]] = {
     "backup_workers": [0, 1],
     "min_contributors": [1, 3],
@@ -117,6 +126,7 @@ OPTIONS: dict[str, list[object]] = {
     "max_lag": ["auto", 8],
     "scope": ["step", "bucket"],
     "arrive": ["first", "last"],
+    "nonfinite": ["pass", "drop"],
     "journal_bytes": [1 << 30, 1 << 20],
 }
 

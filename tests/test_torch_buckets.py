@@ -132,7 +132,10 @@ def test_residuals_are_added_after_scaling() -> None:
         bucket.contribution.fill_(value)
         bucket.finish_contribution(prescale=0.5)
         assert bucket.contribution.tolist() == [expected] * 2
-        bucket.keep_residual(used)
+        bucket.keep_residual(used, finite=True)
+        if not used:
+            bucket.contribution.fill_(float("nan"))
+            bucket.keep_residual(False, finite=False)  # what waits, waits on
 
 
 def test_hyperparameters_go_over_and_come_back() -> None:

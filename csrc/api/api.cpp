@@ -201,6 +201,7 @@ hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_c
     own.proposal = blob(spec->proposal, spec->proposal_size);
     own.options = {spec->required, spec->grace_us, spec->max_misses, spec->max_lag, spec->automatic != 0};
     own.arrive_first = spec->arrive_first != 0;
+    own.drop_nonfinite = spec->drop_nonfinite != 0;
     own.wait_for_all = spec->wait_for_all != 0;
     own.average = spec->average != 0;
     auto created = std::make_unique<hvdb_channel>();

@@ -102,14 +102,15 @@ typedef struct {
   const char* description; /* must be equal on all ranks, line by line */
   const void* proposal;    /* of the first rank to open it: see hvdb_proposal */
   size_t proposal_size;
-  int required;     /* N: contributors waited for */
-  int64_t grace_us; /* who comes within this time after the N-th still counts */
-  int max_misses;   /* a rank left out so many times in a row is waited for; 0: off */
-  int64_t max_lag;  /* updates that the journal holds for ranks that are behind */
-  int automatic;    /* N is chosen from step to step (gradient noise, computing times), never below `required` */
-  int arrive_first; /* arrive with the first bucket of a scope that is ready; otherwise with the last */
-  int wait_for_all; /* open only when all ranks have asked */
-  int average;      /* results are means weighted by samples; otherwise sums. Integers: sums */
+  int required;       /* N: contributors waited for */
+  int64_t grace_us;   /* who comes within this time after the N-th still counts */
+  int max_misses;     /* a rank left out so many times in a row is waited for; 0: off */
+  int64_t max_lag;    /* updates that the journal holds for ranks that are behind */
+  int automatic;      /* N is chosen from step to step (gradient noise, computing times), never below `required` */
+  int arrive_first;   /* arrive with the first bucket of a scope that is ready; otherwise with the last */
+  int drop_nonfinite; /* gradients (hvdb_measure) with NaN or infinity count as late; not with arrive_first */
+  int wait_for_all;   /* open only when all ranks have asked */
+  int average;        /* results are means weighted by samples; otherwise sums. Integers: sums */
 } hvdb_channel_spec;
 
 hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_channel** channel);

@@ -118,7 +118,8 @@ struct PyUpdate {
 std::unique_ptr<PyChannel> open_channel(const std::shared_ptr<PyEngine>& self, const std::string& name,
                                         const std::string& kind, const std::string& description, nb::bytes proposal,
                                         int required, int64_t grace_us, int max_misses, int64_t max_lag,
-                                        const std::string& arrive, bool wait_for_all, bool average, bool automatic) {
+                                        const std::string& arrive, bool wait_for_all, bool average, bool automatic,
+                                        bool drop_nonfinite) {
   if (kind != "training" && kind != "collective") {
     throw CoreUsageError("kind '" + kind + "' is not known: use 'training' or 'collective'");
   }
@@ -137,6 +138,7 @@ std::unique_ptr<PyChannel> open_channel(const std::shared_ptr<PyEngine>& self, c
   spec.max_lag = max_lag;
   spec.automatic = automatic;
   spec.arrive_first = arrive == "first";
+  spec.drop_nonfinite = drop_nonfinite;
   spec.wait_for_all = wait_for_all;
   spec.average = average;
   hvdb_channel* channel = nullptr;
@@ -299,7 +301,7 @@ NB_MODULE(_core, m) {
       .def("open", &open_channel, nb::arg("name"), nb::arg("kind"), nb::arg("description"), nb::arg("proposal"),
            nb::arg("required"), nb::arg("grace_us") = 0, nb::arg("max_misses") = 0, nb::arg("max_lag") = 64,
            nb::arg("arrive") = "first", nb::arg("wait_for_all") = false, nb::arg("average") = true,
-           nb::arg("automatic") = false)
+           nb::arg("automatic") = false, nb::arg("drop_nonfinite") = false)
       .def(
           "replay_channel",
           [](PyEngine& self, const std::string& channel, const std::string& description) {

@@ -122,7 +122,7 @@ void Stream::run() {
         if (!missed) {
           if (in_step_) {
             ++calls_;
-            leftovers_ += outcome.kind == HVDB_OVER ? 1 : 0;
+            leftovers_ += outcome.kind == HVDB_OVER && caught_up_ == 0 ? 1 : 0;
             ending_ = "\"caught_up\": " + std::to_string(caught_up_) +
                       ", \"dropped\": " + (outcome.contributed ? "false" : "true");
           }

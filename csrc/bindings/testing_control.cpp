@@ -31,7 +31,7 @@ template <>
 constexpr const char* field_names<Open> = "Open name kind description proposal options wait_for_all";
 template <>
 constexpr const char* field_names<Arrive> =
-    "Arrive channel step scope base round scopes buckets samples metadata payload";
+    "Arrive channel step scope base round scopes buckets samples finite metadata payload";
 template <>
 constexpr const char* field_names<Withdraw> = "Withdraw channel step scope";
 template <>
@@ -308,12 +308,13 @@ void register_policies(nb::module_& module) {
   module.def("needed_arrivals", &needed_arrivals, "required"_a, "arrived"_a, "able"_a);
   module.def(
       "close_decision",
-      [](int required, int arrived, int able, bool owed, TimeUs reentry_us, TimeUs now, TimeUs grace_us,
+      [](int required, int arrived, int able, int nonfinite, bool owed, TimeUs reentry_us, TimeUs now, TimeUs grace_us,
          std::optional<TimeUs> nth_arrival) {
         CloseView view;
         view.required = required;
         view.arrived = arrived;
         view.able = able;
+        view.nonfinite = nonfinite;
         view.owed = owed;
         view.reentry_us = reentry_us;
         view.now = now;
@@ -321,8 +322,8 @@ void register_policies(nb::module_& module) {
         view.nth_arrival = nth_arrival;
         return close_decision(view);
       },
-      nb::kw_only(), "required"_a, "arrived"_a, "able"_a, "owed"_a = false, "reentry_us"_a = 0, "now"_a = 0,
-      "grace_us"_a = 0, "nth_arrival"_a = nb::none());
+      nb::kw_only(), "required"_a, "arrived"_a, "able"_a, "nonfinite"_a = 0, "owed"_a = false, "reentry_us"_a = 0,
+      "now"_a = 0, "grace_us"_a = 0, "nth_arrival"_a = nb::none());
   module.def(
       "resume_now",
       [](TimeUs now, TimeUs opened, TimeUs typical_us, bool needed) {
@@ -408,7 +409,7 @@ void register_member(nb::module_& module) {
           "rank"_a, "kind"_a = "training", "arrive_first"_a = true)
       .def("set_layout", &Member::set_layout, "scope_of_bucket"_a)
       .def("begin", &Member::begin, "samples"_a = 1.0, "metadata"_a = "")
-      .def("submit", &Member::submit, "bucket"_a)
+      .def("submit", &Member::submit, "bucket"_a, "finite"_a = true)
       .def("next", &Member::next)
       .def("take",
            [](Member& self) {

@@ -20,6 +20,7 @@
 #include "collective/allreduce.h"
 #include "collective/partition.h"
 #include "collective/segments.h"
+#include "kernels/finite.h"
 #include "kernels/weighted_sum.h"
 #include "kernels/weighted_sum_isa.h"
 #include "transport/in_process.h"
@@ -214,6 +215,12 @@ void register_data_plane(nb::module_& module) {
         return std::pair(norms.sources, norms.destination);
       },
       "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a, "count"_a, "instruction_set"_a = "");
+  module.def(
+      "all_finite",
+      [](std::string_view dtype, Address source, std::size_t count) {
+        return all_finite(data_type(dtype), pointer(source), count);
+      },
+      "dtype"_a, "source"_a, "count"_a);
   module.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const InstructionSet& set : instruction_sets()) names.emplace_back(set.name);

@@ -96,7 +96,9 @@ bool ChannelBook::watch(Slot& slot, TimeUs now) {
   const Decision& decision = *slot.decision;
   if (slot.broken) return begin_next_attempt(slot, {}, "", now);
   if (slot.attempt.complete()) {
-    if (decision.attempt == 0) transfer_time_.measured(now - slot.attempt.began());
+    if (decision.attempt == 0 && !decision.contributors.empty()) {
+      transfer_time_.measured(now - slot.attempt.began());
+    }
     make_final(slot, {}, now);
     return true;
   }
@@ -134,7 +136,7 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
     is_in[static_cast<std::size_t>(arrival.rank)] = true;
   }
   int others = 0;
-  for (int r = 0; r < size_; ++r) others += !is_in[static_cast<std::size_t>(r)] && able(r) ? 1 : 0;
+  for (int r = 0; r < size_; ++r) others += !is_in[static_cast<std::size_t>(r)] && able(r, slot) ? 1 : 0;
   const int count = static_cast<int>(arrivals.size());
   slot.is_short = !slot.broken && count < needed_arrivals(decision.required, count, others);
   if (slot.is_short) return false;

@@ -39,6 +39,16 @@ bool ChannelBook::able(int rank) const {
   return strict() || !state.paused;
 }
 
+// Can still contribute to this decision.
+bool ChannelBook::able(int rank, const Slot& slot) const {
+  return able(rank) && std::find(slot.nonfinite.begin(), slot.nonfinite.end(), rank) == slot.nonfinite.end();
+}
+
+bool ChannelBook::able_in_open_step(int rank) const {
+  return able(rank) && std::all_of(slots_.lower_bound({open_step_, 0}), slots_.lower_bound({open_step_ + 1, 0}),
+                                   [&](const auto& entry) { return able(rank, entry.second); });
+}
+
 Step ChannelBook::all_have() const {
   Step least = open_step_;
   for (int r = 0; r < size_; ++r) {
@@ -152,7 +162,7 @@ bool ChannelBook::close_round_if_ended(TimeUs now) {
 }
 
 bool ChannelBook::decide_what_can(TimeUs now) {
-  if (!anybody_waits() || held(now)) return false;
+  if (!(anybody_waits() || is_in_vain_for_all()) || held(now)) return false;
   if (script_) return decide_as_scripted(now);
   bool decided_something = false;
   int decided = 0;
@@ -167,6 +177,7 @@ bool ChannelBook::decide_what_can(TimeUs now) {
     CloseView view;
     view.required = required();
     view.arrived = static_cast<int>(slot.arrivals.size());
+    view.nonfinite = static_cast<int>(slot.nonfinite.size());
     for (int r = 0; r < size_; ++r) {
       if (arrived[static_cast<std::size_t>(r)]) continue;
       const RankState& missing = ranks_[static_cast<std::size_t>(r)];
@@ -177,7 +188,7 @@ bool ChannelBook::decide_what_can(TimeUs now) {
              now);
         return false;
       }
-      if (!able(r)) continue;
+      if (!able(r, slot)) continue;
       ++view.able;
       view.owed = view.owed || (options_.max_misses > 0 && missing.misses >= options_.max_misses);
       if (missing.handicap_us && missing.on_time) {
@@ -198,6 +209,14 @@ bool ChannelBook::decide_what_can(TimeUs now) {
   }
   if (decided == scopes_) advance_open_step(now);
   return decided_something;
+}
+
+// By the trace nobody contributes to the open step, and a rank has come to it.
+bool ChannelBook::is_in_vain_for_all() const {
+  const ScriptedDecision* scripted = script_ ? script_->find(open_step_, 0) : nullptr;
+  return scripted && scripted->contributors.empty() &&
+         std::any_of(ranks_.begin(), ranks_.end(),
+                     [this](const RankState& rank) { return rank.arrived >= open_step_; });
 }
 
 // All whom the trace names have arrived: then as it says, whoever else is there.
@@ -255,14 +274,19 @@ void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeU
   slot.decision = decision;
   slot.decided_at = now;
   begin_attempt(slot, reason, now);
+  for (const int rank : slot.nonfinite) tell_late(rank, open_step_, scope);
   const Ranks& contributors = slot.decision->contributors;
   if (strict()) out_.met.insert(out_.met.end(), contributors.begin(), contributors.end());
 }
 
 void ChannelBook::advance_open_step(TimeUs now) {
   std::vector<int> in(static_cast<std::size_t>(size_), 0);
+  bool is_empty = true;  // then nobody is behind anybody
   for (int scope = 0; scope < scopes_; ++scope) {
-    for (int r : slots_[{open_step_, scope}].decision->contributors) ++in[static_cast<std::size_t>(r)];
+    const Slot& slot = slots_[{open_step_, scope}];
+    for (int r : slot.decision->contributors) ++in[static_cast<std::size_t>(r)];
+    for (int r : slot.nonfinite) ranks_[static_cast<std::size_t>(r)].on_time = true;
+    is_empty = is_empty && slot.decision->contributors.empty();
   }
   for (int r = 0; r < size_; ++r) {
     RankState& rank = ranks_[static_cast<std::size_t>(r)];
@@ -270,7 +294,7 @@ void ChannelBook::advance_open_step(TimeUs now) {
     if (in[static_cast<std::size_t>(r)] == scopes_) {
       rank.misses = 0;
       rank.on_time = true;
-    } else if (able(r)) {
+    } else if (able(r) && !is_empty) {
       ++rank.misses;
     }
   }
@@ -396,7 +420,7 @@ void ChannelBook::answer(int to, TimeUs now) {
     return;                                      // until something is final, or over
   if (script_ && have < script_->end()) return;  // by the trace, it does not compute this step
   int could = 0;
-  for (int r = 0; r < size_; ++r) could += able(r) ? 1 : 0;
+  for (int r = 0; r < size_; ++r) could += able_in_open_step(r) ? 1 : 0;
   ResumeView view;
   view.now = now;
   view.opened = opened_at_;
@@ -446,6 +470,9 @@ void ChannelBook::dismiss_arrivals(TimeUs now, const std::string& reason) {
     for (const Arrival& arrival : slot->second.arrivals) late(arrival.rank, arrival.message, arrival.at, now, reason);
     for (const Arrival& arrival : slot->second.latecomers) {
       put_drop_on_record(arrival.rank, arrival.message, arrival.at, now, reason);
+    }
+    if (!slot->second.decision) {
+      for (const int rank : slot->second.nonfinite) tell_late(rank, slot->first.first, slot->first.second);
     }
     slot = slots_.erase(slot);
   }

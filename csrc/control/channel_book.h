@@ -120,6 +120,7 @@ class ChannelBook {
   struct Slot {                       // of one (step, scope)
     std::vector<Arrival> arrivals;    // once it is decided: of the contributors
     std::vector<Arrival> latecomers;  // came after the decision; may stand in for a contributor that stops
+    Ranks nonfinite;                  // whose gradients hold NaN or infinity; not in order
     std::optional<Decision> decision;
     Attempt attempt;
     TimeUs decided_at = 0;  // first
@@ -136,6 +137,8 @@ class ChannelBook {
   }
   int required() const { return chooser_ ? chooser_->required() : options_.required; }
   bool able(int rank) const;
+  bool able(int rank, const Slot& slot) const;
+  bool able_in_open_step(int rank) const;
   Outlook outlook_for(int rank) const;
   RankState& heard(int from, Step applied, int round);
   Step all_have() const;
@@ -148,6 +151,7 @@ class ChannelBook {
   bool decide_what_can(TimeUs now);
   bool close_round_if_ended(TimeUs now);
   bool decide_as_scripted(TimeUs now);
+  bool is_in_vain_for_all() const;
   void choose_required(TimeUs now);
   void decide(int scope, Slot& slot, const std::string& reason, TimeUs now);
   void begin_attempt(Slot& slot, const std::string& reason, TimeUs now);

@@ -8,6 +8,8 @@ namespace hvd_backup {
 
 namespace {
 
+constexpr char withdrawn[] = "withdrawn";
+
 // The first line in which two descriptions differ, as "line 3: given X, expected Y".
 std::string first_difference(const std::string& given, const std::string& expected) {
   std::istringstream given_lines(given), expected_lines(expected);
@@ -109,13 +111,18 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
                             !found->second.is_final && !in_vain && !of_earlier_round;
   if (may_stand_in) {  // whether it is dropped will be seen
     rank.on_time = is_on_time(now - started, last_took_us_);
-    found->second.latecomers.push_back({from, now, message});
+    if (message.finite) {
+      found->second.latecomers.push_back({from, now, message});
+    } else {
+      found->second.nonfinite.push_back(from);
+      put_drop_on_record(from, message, now, now, non_finite);
+    }
     tell_late(from, message.step, message.scope);
   } else if (rounds_.is_over(message.round)) {
     late(from, message, now, now, "its round is over");
   } else if (message.step < open_step_) {
     rank.on_time = message.step + 1 == open_step_ && is_on_time(now - started, last_took_us_);
-    late(from, message, now, now, "decided without it");
+    late(from, message, now, now, message.finite ? "decided without it" : non_finite);
   } else if (script_ && message.step >= script_->end()) {
     fail("the trace that is replayed ends before step " + std::to_string(message.step) + " of '" + name_ +
              "', at which rank " + std::to_string(from) + " has arrived",
@@ -127,7 +134,14 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   } else {
     Slot& slot = slots_[{message.step, message.scope}];
     if (slot.decision) {
-      late(from, message, now, now, "decided without it");
+      late(from, message, now, now, message.finite ? "decided without it" : non_finite);
+    } else if (!message.finite && script_) {
+      fail("the trace that is replayed does not fit '" + name_ + "': by it, rank " + std::to_string(from) +
+               " contributes to step " + std::to_string(message.step) + ", but its gradient holds NaN or infinity",
+           now);
+    } else if (!message.finite) {  // it is told so when the step is decided, and can do nothing before
+      slot.nonfinite.push_back(from);
+      put_drop_on_record(from, message, now, now, non_finite);
     } else {
       slot.arrivals.push_back({from, now, message});
     }
@@ -139,10 +153,20 @@ void ChannelBook::withdraw(int from, const Withdraw& message, TimeUs now) {
   const auto found = slots_.find({message.step, message.scope});
   if (found == slots_.end()) return;
   Slot& slot = found->second;
-  const auto is_its_own = [&](const Arrival& arrival) { return arrival.rank == from; };
-  std::erase_if(slot.latecomers, is_its_own);
+  const auto take_from = [from](std::vector<Arrival>& arrivals) {
+    std::optional<Arrival> taken;
+    std::erase_if(arrivals, [&](const Arrival& arrival) {
+      if (arrival.rank == from) taken = arrival;
+      return arrival.rank == from;
+    });
+    return taken;
+  };
   const bool delivers = slot.decision && (slot.is_final || slot.attempt.has(from));
-  if (delivers || std::erase_if(slot.arrivals, is_its_own) == 0 || !slot.decision) {
+  std::optional<Arrival> unused = take_from(slot.latecomers);
+  if (!unused && !slot.decision) unused = take_from(slot.arrivals);
+  const std::optional<Arrival> gradient = unused || delivers ? std::nullopt : take_from(slot.arrivals);
+  if (!gradient) {
+    if (unused) put_drop_on_record(from, unused->message, unused->at, now, withdrawn);
     settle(now);
     return;
   }
@@ -156,9 +180,11 @@ void ChannelBook::withdraw(int from, const Withdraw& message, TimeUs now) {
   }
   // What came with the arrivals is summed already, and the others have it: unless there are no others.
   slot.broken = slot.decision->votes || slot.arrivals.empty();
-  if (slot.broken)
+  if (slot.broken) {
     put_given_up_on_record(Record::Event::replaced, slot, {from}, "rank " + std::to_string(from) + " has withdrawn",
                            now);
+    put_drop_on_record(from, gradient->message, gradient->at, now, withdrawn);
+  }
   settle(now);
 }
 
@@ -186,13 +212,17 @@ bool ChannelBook::has_arrived(int rank) const {
     for (const Arrival& arrival : slot->second.arrivals) {
       if (arrival.rank == rank) return true;
     }
+    const Ranks& nonfinite = slot->second.nonfinite;
+    if (!slot->second.decision && std::find(nonfinite.begin(), nonfinite.end(), rank) != nonfinite.end()) return true;
   }
   return false;
 }
 
 bool ChannelBook::anybody_waits() const {
-  return std::any_of(slots_.lower_bound({open_step_, 0}), slots_.end(),
-                     [](const auto& entry) { return !entry.second.decision && !entry.second.arrivals.empty(); });
+  return std::any_of(slots_.lower_bound({open_step_, 0}), slots_.end(), [](const auto& entry) {
+    const Slot& slot = entry.second;
+    return !slot.decision && !(slot.arrivals.empty() && slot.nonfinite.empty());
+  });
 }
 
 void ChannelBook::turn_away(int rank, TimeUs now) {
@@ -205,6 +235,7 @@ void ChannelBook::turn_away(int rank, TimeUs now) {
       if (arrival.rank == rank) late(rank, arrival.message, arrival.at, now, "more ranks wait in another channel");
     }
     std::erase_if(slot->second.arrivals, [&](const Arrival& arrival) { return arrival.rank == rank; });
+    if (std::erase(slot->second.nonfinite, rank) > 0) tell_late(rank, slot->first.first, slot->first.second);
   }
 }
 

@@ -34,7 +34,7 @@ void Member::begin(double samples, std::string metadata) {
   for (std::size_t s = 0; s < scopes_.size(); ++s) scopes_[s].missing = buckets_in_scope_[s];
 }
 
-void Member::submit(int bucket) {
+void Member::submit(int bucket, bool finite) {
   if (!begun_) throw UsageError("submit() before begin()");
   if (bucket < 0 || static_cast<std::size_t>(bucket) >= submitted_.size()) {
     throw UsageError("submit(): there is no bucket " + std::to_string(bucket) + ", the layout has " +
@@ -48,6 +48,7 @@ void Member::submit(int bucket) {
   const int index = scope_of_bucket_[static_cast<std::size_t>(bucket)];
   Scope& own = scope(index);
   --own.missing;
+  own.finite = own.finite && finite;
   if (own.phase == Phase::idle && (arrive_first_ || own.missing == 0)) arrive(index);
 }
 
@@ -62,6 +63,7 @@ void Member::arrive(int scope_index) {
   message.scopes = static_cast<std::int32_t>(scopes_.size());
   message.buckets = static_cast<std::int32_t>(scope_of_bucket_.size());
   message.samples = samples_;
+  message.finite = scope(scope_index).finite;
   if (scope_index == 0) message.metadata = metadata_;
   messages_.push_back(std::move(message));
 }

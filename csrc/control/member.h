@@ -49,7 +49,8 @@ class Member {
 
   // --- calls of the training thread; UsageError when out of order ---
   void begin(double samples, std::string metadata);
-  void submit(int bucket);
+  // Not finite: the gradient of its scope is to count as late.
+  void submit(int bucket, bool finite = true);
   bool next();    // drives towards the next update; true when take() has one
   Update take();  // acknowledges the one before
   void begin_round(std::int64_t length, std::int64_t align_every);
@@ -98,6 +99,7 @@ class Member {
   struct Scope {
     Phase phase = Phase::idle;
     bool withdrawn = false;
+    bool finite = true;
     int missing = 0;  // buckets not handed over yet
     Decision decision;
   };

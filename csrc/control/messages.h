@@ -78,11 +78,13 @@ struct Arrive {
   std::int32_t scopes = 1;
   std::int32_t buckets = 1;
   double samples = 1.0;
+  bool finite = true;    // false: it holds NaN or infinity, and is to count as late
   std::string metadata;  // opaque; that of the lowest contributor to scope 0 is the update's
   std::string payload;   // opaque; of a small contribution, all of it: if all have sent theirs, see Decision::result
   template <class A>
   void fields(A& a) {
-    a(channel), a(step), a(scope), a(base), a(round), a(scopes), a(buckets), a(samples), a(metadata), a(payload);
+    a(channel), a(step), a(scope), a(base), a(round), a(scopes), a(buckets), a(samples), a(finite), a(metadata);
+    a(payload);
   }
 };
 

@@ -7,6 +7,7 @@ namespace hvd_backup {
 int needed_arrivals(int required, int arrived, int able) { return std::max(1, std::min(required, arrived + able)); }
 
 Verdict close_decision(const CloseView& view) {
+  if (view.arrived == 0 && view.able == 0 && view.nonfinite > 0) return {true, {}, "no gradient is finite"};
   const int needed = needed_arrivals(view.required, view.arrived, view.able);
   if (view.arrived < needed || !view.nth_arrival) {
     return {false, {}, std::to_string(view.arrived) + " of " + std::to_string(needed) + " have arrived"};

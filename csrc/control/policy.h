@@ -13,6 +13,7 @@ struct CloseView {
   int required = 1;       // N
   int arrived = 0;        // gradients for this decision
   int able = 0;           // ranks that have not arrived and still can
+  int nonfinite = 0;      // gradients that have arrived and may not count
   bool owed = false;      // one of the able has been left out max_misses times in a row
   TimeUs reentry_us = 0;  // see ReentryBudget; the longest among the able
   TimeUs now = 0;
@@ -26,7 +27,8 @@ struct Verdict {
   std::string reason;
 };
 
-// How many arrivals close a decision: N, capped by the ranks that still can contribute, and at least one.
+// How many arrivals close a decision: N, capped by the ranks that still can contribute, and at least one. (When all
+// gradients are non-finite it closes without any: nothing is applied, and the ranks go on to the next step.)
 int needed_arrivals(int required, int arrived, int able);
 
 Verdict close_decision(const CloseView& view);

@@ -14,7 +14,7 @@ struct Record {
   enum class Event {
     opened,      // a channel: options, and reason = its description, which all ranks agree on
     decision,    // ranks, bases, arrivals and weights belong together
-    dropped,     // a gradient came too late, or its round was over; ranks = {rank}, bases = {base}, arrivals = {when}
+    dropped,     // a gradient is in no update, and why; ranks = {rank}, bases = {base}, arrivals = {when}
     replaced,    // ranks have arrived but do not deliver, and why; a decision of the next attempt follows
     stopped,     // ranks do not answer, but the others have the whole update: it is final without them
     final_,      // every contributor has the whole update: ranks, and when each had it (arrivals)
@@ -58,5 +58,8 @@ struct Record {
 };
 
 const char* name_of(Record::Event event);
+
+// Why a gradient was dropped that holds NaN or infinity.
+inline constexpr char non_finite[] = "non-finite";
 
 }  // namespace hvd_backup

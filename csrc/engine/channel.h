@@ -47,6 +47,7 @@ struct Channel {
 
   const std::string name;
   const bool average;
+  bool drop_nonfinite = false;
   bool measured = false;     // the coordinator wants the squared norms of gradients
   int gradient_buckets = 0;  // the first so many buckets hold gradients
   Member member;

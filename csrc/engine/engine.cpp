@@ -15,6 +15,7 @@
 #include "collective/allreduce.h"
 #include "collective/partition.h"
 #include "engine/payload.h"
+#include "kernels/finite.h"
 
 namespace hvd_backup {
 
@@ -129,7 +130,8 @@ std::vector<Message> Engine::take_messages(Channel& channel) {
   const Bucket& only = channel.buckets.front();
   if (!only.submitted || only.bytes() == 0 || only.bytes() > most_payload_bytes) return messages;
   for (Message& message : messages) {
-    if (Arrive* arrive = std::get_if<Arrive>(&message)) arrive->payload = payload_of(only, channel.average);
+    Arrive* arrive = std::get_if<Arrive>(&message);
+    if (arrive && arrive->finite) arrive->payload = payload_of(only, channel.average);
   }
   return messages;
 }
@@ -150,7 +152,11 @@ Channel& Engine::open(const ChannelSpec& spec) {
   for (const auto& channel : channels_) {
     if (channel->name == spec.name) throw UsageError("'" + spec.name + "' is open already");
   }
+  if (spec.drop_nonfinite && spec.arrive_first) {
+    throw UsageError("'" + spec.name + "': with drop_nonfinite a rank arrives with its last bucket");
+  }
   channels_.push_back(std::make_unique<Channel>(spec.name, rank_, spec.kind, spec.arrive_first, spec.average));
+  channels_.back()->drop_nonfinite = spec.drop_nonfinite;
   training_channels_ += spec.kind == ChannelKind::training ? 1 : 0;
   first_n_collectives_ += spec.kind == ChannelKind::collective && spec.options.required < size_ ? 1 : 0;
   outgoing_.push_back(Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all});
@@ -216,10 +222,18 @@ void Engine::begin(Channel& channel, double samples, std::string metadata) {
   for (Bucket& bucket : channel.buckets) bucket.submitted = false;
 }
 
+// Without the mutex: it reads the whole bucket. The layout does not change any more.
+bool Engine::may_count(const Channel& channel, int bucket, const void* contribution) {
+  if (!channel.drop_nonfinite || bucket < 0 || bucket >= channel.gradient_buckets) return true;
+  const BucketLayout& layout = channel.buckets[static_cast<std::size_t>(bucket)].layout;
+  return all_finite(layout.dtype, contribution, layout.count);
+}
+
 void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result, bool wait_follows) {
+  const bool finite = may_count(channel, bucket, contribution);
   const std::scoped_lock lock(mutex_);
   check_usable(&channel);
-  channel.member.submit(bucket);
+  channel.member.submit(bucket, finite);
   Bucket& own = channel.buckets[static_cast<std::size_t>(bucket)];
   own.contribution = contribution;
   own.result = result;
@@ -834,6 +848,13 @@ void Engine::take_records() {
       report(rank_, "rank " + std::to_string(record.ranks.front()) +
                         (died ? " has died at step " + std::to_string(record.step) + " of '" + record.channel + "'"
                               : " has left: " + record.reason));
+    }
+    if (record.event == Record::Event::dropped && record.reason == non_finite &&
+        reported_nonfinite_.insert(record.ranks.front()).second) {
+      report(rank_, "warning: '" + record.channel + "' step " + std::to_string(record.step) +
+                        ": the gradient of rank " + std::to_string(record.ranks.front()) +
+                        " holds NaN or infinity and is left out (nonfinite=\"drop\"); further ones of this rank are "
+                        "counted without a word");
     }
     if (record.event == Record::Event::chosen) {
       report(rank_, "'" + record.channel + "' from step " + std::to_string(record.step) + " on " + record.reason);

@@ -42,7 +42,8 @@ struct ChannelSpec {
   std::string proposal;
   ChannelOptions options;
   bool arrive_first = true;
-  bool average = true;  // results are means weighted by samples (floating point); otherwise plain sums
+  bool drop_nonfinite = false;  // gradients that hold NaN or infinity count as late; not with arrive_first
+  bool average = true;          // results are means weighted by samples (floating point); otherwise plain sums
   bool wait_for_all = false;
 };
 
@@ -70,7 +71,8 @@ class Engine {
   bool opened(Channel& channel, TimeUs timeout_us);
   void set_layout(Channel& channel, const std::vector<BucketLayout>& buckets);
   void set_results(Channel& channel, const std::vector<void*>& results);
-  // The first so many buckets hold gradients: if the coordinator wants them, their squared norms are put on record.
+  // The first so many buckets hold gradients: if the coordinator wants them, their squared norms are put on record; and
+  // with drop_nonfinite they are looked at.
   void measure(Channel& channel, int buckets);
 
   void begin(Channel& channel, double samples, std::string metadata);
@@ -150,6 +152,7 @@ class Engine {
   void take_turn(Pace& pace);
   bool turn();
   void rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace, TimeUs spins_us);
+  static bool may_count(const Channel& channel, int bucket, const void* contribution);
   void withdraw(Channel& channel, bool also_complete);
   void lose(int rank, TimeUs now);
   void receive(int from, const Message& message, TimeUs now);
@@ -188,6 +191,7 @@ class Engine {
   Timeline timeline_;
   Recording recording_;  // guarded by mutex_
   std::set<int> reported_gone_;
+  std::set<int> reported_nonfinite_;  // ranks
   std::vector<std::shared_ptr<Fetch>> fetches_;
   TimeUs fetch_us_ = 0;  // that the last fetch took, from the request that was answered
   Step newest_fetched_ = -1;

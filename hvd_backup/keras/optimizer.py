@@ -161,6 +161,7 @@ def DistributedOptimizer(  # noqa: N802
     on_max_lag: str | None = None,
     scope: str | None = None,
     arrive: str | None = None,
+    nonfinite: str | None = None,
 ) -> Any:
     """Makes a Keras optimizer apply the mean gradient over the first ranks to arrive.
 
@@ -179,8 +180,9 @@ def DistributedOptimizer(  # noqa: N802
         name, device_dense, device_sparse, average_aggregated_gradients, num_groups, groups, scale_local_gradients:
             Horovod's; they change nothing here.
         process_set: None; in place of it give init() a communicator.
-        backup_workers, min_contributors, policy, grace, max_misses, max_staleness, max_lag, on_max_lag, scope, arrive:
-            see hvd_backup.torch.DistributedOptimizer. Left at None they come from the environment (HVD_BACKUP_*).
+        backup_workers, min_contributors, policy, grace, max_misses, max_staleness, max_lag, on_max_lag, scope, arrive,
+            nonfinite: see hvd_backup.torch.DistributedOptimizer. Left at None they come from the environment
+            (HVD_BACKUP_*). nonfinite="drop" not with a LossScaleOptimizer.
 
     Returns:
         The given optimizer, or the LossScaleOptimizer around it.
@@ -209,12 +211,19 @@ def DistributedOptimizer(  # noqa: N802
         on_max_lag=on_max_lag,
         scope=scope,
         arrive=arrive,
+        nonfinite=nonfinite,
     )
     if rules.late != "drop":
         raise ConfigError(f'late="{rules.late}" is not there for Keras optimizers: leave it at "drop"')
     scaled = keras.optimizers.LossScaleOptimizer
     if keras.config.dtype_policy().name == "mixed_float16" and not isinstance(optimizer, scaled):
         optimizer = scaled(optimizer)
+    if rules.nonfinite == "drop" and isinstance(optimizer, scaled):
+        raise ConfigError(
+            'nonfinite="drop" with a LossScaleOptimizer (mixed_float16 makes one): it lowers its scale when it finds '
+            "Inf in a mean gradient, but a gradient with Inf is left out of the mean, so the scale would only grow. "
+            "Leave nonfinite out: an update that holds Inf is then skipped on every rank; or use mixed_bfloat16"
+        )
     own = type(optimizer)
     options = UpdateOptions(
         bucket_bytes=place.config.bucket_bytes,

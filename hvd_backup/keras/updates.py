@@ -128,7 +128,7 @@ class KerasUpdates(ABC):
 
     def _rate_to_send(self) -> Any:
         """The learning rate's variable, when it travels with updates."""
-        return None if self.training.backup_workers == 0 else self._optimizer._learning_rate_variable()
+        return self._optimizer._learning_rate_variable() if self.training.policy.may_leave_out else None
 
     @abstractmethod
     def _prepare(self, gradient: Any, variable: Any) -> Any:

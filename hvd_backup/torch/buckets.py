@@ -169,9 +169,15 @@ class Bucket:
         if self.residual is not None:
             self.contribution.add_(self.residual)
 
-    def keep_residual(self, used: bool) -> None:
-        """What was contributed has been used, or was dropped: then it waits for the next contribution."""
-        self.residual = None if used else self.contribution.clone()
+    def keep_residual(self, used: bool, finite: bool) -> None:
+        """What was contributed has been used, or was dropped: then it waits for the next contribution.
+
+        finite: otherwise it is of no use, and what waited before goes on to.
+        """
+        if used:
+            self.residual = None
+        elif finite:
+            self.residual = self.contribution.clone()
 
 
 class Buckets:

@@ -48,6 +48,7 @@ def DistributedOptimizer(  # noqa: N802
     on_max_lag: str | None = None,
     scope: str | None = None,
     arrive: str | None = None,
+    nonfinite: str | None = None,
     gradient_as_bucket_view: bool = False,
 ) -> Any:
     """Wraps a torch optimizer: its step() applies the mean gradient over the first ranks to arrive.
@@ -80,6 +81,9 @@ def DistributedOptimizer(  # noqa: N802
         on_max_lag: "wait": beyond that the others wait.
         scope: "step": one set of contributors for all gradients; "bucket": one for each bucket.
         arrive: a rank counts as there when its "first" or its "last" bucket is ready.
+        nonfinite: "pass"; or "drop": a gradient that holds NaN or Inf counts as late, with b = 0 too: the update is
+            made of the others', without waiting for N of them, and this rank applies it; without any of the others
+            (all are non-finite) the step ends, and nothing is applied. Arrives "last"; not with a GradScaler.
         gradient_as_bucket_view: p.grad lies in the buffer that is sent: no copy, and zero_grad() never sets None.
 
     Options left at None come from the environment (HVD_BACKUP_*).
@@ -113,8 +117,14 @@ def DistributedOptimizer(  # noqa: N802
         on_max_lag=on_max_lag,
         scope=scope,
         arrive=arrive,
+        nonfinite=nonfinite,
     )
     if needed := checks.needs_horovod(optimizer, reduction, process_set):
+        if rules.nonfinite == "drop":
+            raise ConfigError(
+                f'{needed} cannot be combined with nonfinite="drop", which needs parameters on the CPU, op Average or '
+                "Sum, and all ranks of init(comm)"
+            )
         if rules.backup_workers > 0:
             raise ConfigError(
                 f"{needed} cannot be combined with backup_workers={rules.backup_workers}: with backup workers, "

@@ -29,6 +29,12 @@ from hvd_backup.training import Training
 
 __all__ = ["ExchangeOptions", "GradientExchange"]
 
+SCALER_NEVER_HEARS = (
+    'a GradScaler with nonfinite="drop": it lowers its scale when it finds Inf in a mean gradient, but a gradient with '
+    "Inf is left out of the mean, so the scale would only grow. Leave nonfinite out: an update that holds Inf is then "
+    "skipped on every rank; or train with bfloat16, which needs no scale"
+)
+
 
 @dataclass(frozen=True)
 class ExchangeOptions:
@@ -157,7 +163,7 @@ class GradientExchange:
         self.training.check_usable()
         self.training.gradient_begins()
         if self.synchronized:
-            if self.training.backup_workers > 0:
+            if self.training.policy.may_leave_out:
                 raise UsageError(
                     "backward() between synchronize() and step(): call step() in skip_synchronize() first. With backup "
                     "workers late ranks apply every update: for a GradScaler, which skips some, use "
@@ -191,10 +197,21 @@ class GradientExchange:
         self._check_hyperparameters()
         used = self.training.catch_up()
         if self.training.policy.late == "carry":
-            for bucket, was_used in zip(self._buckets.all, used, strict=True):
-                bucket.keep_residual(was_used)
+            self._carry(used)
         self._start_afresh()
         self.synchronized = True
+
+    def _carry(self, used: list[bool]) -> None:
+        """What was dropped is added to the next gradient, unless it holds NaN, which would never go away."""
+        assert self._buckets is not None
+        finite = [
+            was_used or bool(bucket.contribution.isfinite().all())
+            for bucket, was_used in zip(self._buckets.all, used, strict=True)
+        ]
+        if self.training.policy.scope == "step":
+            finite = [all(finite)] * len(finite)
+        for bucket, was_used, is_finite in zip(self._buckets.all, used, finite, strict=True):
+            bucket.keep_residual(was_used, is_finite)
 
     def _pack(self, buckets: Buckets, index: int) -> None:
         """Puts a gradient into its bucket; a complete bucket goes out."""
@@ -208,7 +225,7 @@ class GradientExchange:
             self.training.submit(number, bucket.contribution.data_ptr(), bucket.result.data_ptr())
 
     def _metadata(self) -> bytes:
-        if self.training.backup_workers == 0:
+        if not self.training.policy.may_leave_out:
             return b""
         self._sent = hyperparameters.snapshot(self._optimizer.param_groups)
         return hyperparameters.encode(self._sent)
@@ -258,7 +275,7 @@ class GradientExchange:
                     )
 
     def _check_hyperparameters(self) -> None:
-        if self.training.backup_workers == 0:
+        if not self.training.policy.may_leave_out:
             return
         now = hyperparameters.snapshot(self._optimizer.param_groups)
         if told := hyperparameters.changes(self._sent, now):
@@ -277,7 +294,7 @@ class GradientExchange:
         gradients = {index: parameter.grad for index, parameter in enumerate(self._parameters)}
         sparse = {i: g.sparse_dim() for i, g in gradients.items() if g is not None and g.is_sparse}
         policy = self.training.policy
-        holds = self._for_user and policy.backup_workers > 0 and policy.scope == "step"
+        holds = self._for_user and policy.may_leave_out and policy.scope == "step"
         proposal = json.dumps({"order": order, "sparse": list(sparse.items()), "holds": holds}).encode()
         update_bytes = sum(p.numel() * p.element_size() for p in self._parameters)
         agreed = json.loads(self.training.open(self._description(), proposal, update_bytes))
@@ -347,7 +364,7 @@ class GradientExchange:
 
     def hand_to_user(self) -> None:
         """Between synchronize() and complete() the user may change gradients, unless late ranks would not get it."""
-        unseen = self.training.backup_workers > 0 and not self.training.holds
+        unseen = self.training.policy.may_leave_out and not self.training.holds
         if self._buckets is not None and self._loaded and unseen:
             self._versions_in_hand = self._buckets.result_versions()
 
@@ -412,6 +429,8 @@ class GradientExchange:
             raise UsageError("register_scaler() after the first synchronize(): register it before the first step")
         if self.training.policy.late == "carry":
             raise UsageError('register_scaler() with late="carry": a carried gradient has the scale of its own step')
+        if self.training.policy.nonfinite == "drop":
+            raise UsageError(SCALER_NEVER_HEARS)
         optimizer: Any = self._optimizer
         this: Any = weakref.proxy(self)
         self._scaler = DrivenScaler(
@@ -420,6 +439,8 @@ class GradientExchange:
 
     def refuse_foreign_scaler(self) -> None:
         """A GradScaler that is not driven by updates wants to step()."""
+        if self.training.policy.nonfinite == "drop":
+            raise UsageError(SCALER_NEVER_HEARS)
         if self.training.backup_workers > 0:
             raise UsageError(
                 "a GradScaler that is not registered, with backup workers: a rank that is late would scale otherwise "
@@ -439,7 +460,7 @@ class GradientExchange:
         """
         told = "(alike after hvd.broadcast_parameters(model.state_dict(), 0))"
         lines = [f"weights with checksum {checksum_of(self._parameters)} {told}"]
-        if self.training.backup_workers == 0:
+        if not self.training.policy.may_leave_out:
             lines.append(f"hyperparameters {hyperparameters.snapshot(self._optimizer.param_groups)}")
         return lines
 
