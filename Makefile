@@ -17,6 +17,7 @@
 #   PYTHON=python3.12    another Python, for a new virtual environment: say VENV=.venv-3.12 with it
 #   TORCH=torch==2.11.0  another PyTorch
 #   TENSORFLOW=...       another TensorFlow; only make test installs one, and builds the ops for it
+#   EXTRAS=torch,test    fewer packages, and TESTING=OFF: nothing of the core that is there for tests: for make smoke
 #
 # PyTorch is pinned, so that results can be compared. Its CPU build does for demo and tests, at a tenth of the size; pip
 # prefers it (2.13.0+cpu counts as newer than 2.13.0) wherever it is offered, on Linux only in PyTorch's own CPU index:
@@ -30,7 +31,8 @@ ARGS ?=
 
 # As in pyproject.toml, which pip would otherwise install anew for every build; and the two that it adds by itself.
 BUILD_TOOLS := "scikit-build-core>=0.11" "nanobind>=2.2" "cmake>=3.21" ninja
-EXTRAS := torch,examples,test,lint
+EXTRAS ?= torch,examples,report,tensorboard,prometheus,test,lint
+TESTING ?= ON
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
@@ -89,7 +91,8 @@ $(python):
 	$(PYTHON) -m venv $(VENV)
 
 # Touched only when a setting differs from the last time.
-settings := MPI=$(MPI) $(if $(mpi_bin),$(shell $(mpi_bin)/mpicxx -show | cksum)) TORCH=$(TORCH)
+settings := MPI=$(MPI) $(if $(mpi_bin),$(shell $(mpi_bin)/mpicxx -show | cksum)) TORCH=$(TORCH) EXTRAS=$(EXTRAS) \
+            TESTING=$(TESTING)
 $(VENV)/.settings: FORCE | $(python)
 	@echo '$(settings)' | cmp -s - $@ || { rm -rf $(build); echo '$(settings)' > $@; }
 
@@ -111,7 +114,7 @@ endif
 $(VENV)/.installed: $(VENV)/.packages $(sources)
 	@echo "building hvd_backup"
 	@$(pip) install --no-build-isolation --config-settings=build-dir=$(build) --config-settings=install.strip=false \
-	    --config-settings=cmake.define.HVD_BACKUP_TESTING=ON -e ".[$(EXTRAS)]"
+	    --config-settings=cmake.define.HVD_BACKUP_TESTING=$(TESTING) -e ".[$(EXTRAS)]"
 	@cat $(build)/summary.txt
 	@touch $@
 

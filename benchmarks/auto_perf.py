@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=400)
     args = measurement.parse(parser)
     if args.quick:
-        args.updates = 60
+        args.updates = 30
     comm = MPI.COMM_WORLD
     hvd.init()
     rows, results = [], []

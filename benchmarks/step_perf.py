@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5, help="updates at the start that do not count (default 5)")
     args = measurement.parse(parser)
     if args.quick:
-        args.updates, args.warmup = 40, 8
+        args.updates, args.warmup, args.compute_ms, args.straggler_ms = 40, 8, 20.0, 150.0
     comm = MPI.COMM_WORLD
     if comm.size < 2:
         parser.error("a straggler needs at least 2 ranks")

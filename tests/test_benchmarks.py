@@ -53,8 +53,8 @@ def test_step_perf(tmp_path: Path, options: tuple[str, ...]) -> None:
     results, printed = quick_results("step_perf", tmp_path, *options)
     cases = {(r["case"], r["backup_workers"]): r for r in results["cases"]}
     assert set(cases) == {("nobody slow", 0), ("nobody slow", 1), ("straggler", 0), ("straggler", 1)}
-    assert cases["straggler", 0]["p50_ms"] >= 250  # computing and straggling
-    assert cases["straggler", 1]["p50_ms"] < 250
+    assert cases["straggler", 0]["p50_ms"] >= 170  # computing and straggling
+    assert cases["straggler", 1]["p50_ms"] < 170
     assert results["straggler_back"]["since"] > 0
     assert "time / ideal" in printed
 
@@ -149,7 +149,7 @@ def test_auto_perf(tmp_path: Path) -> None:
         (case, b) for case in ("stationary", "changing") for b in (0, 1, 2, "auto")
     ]
     for r in results:
-        assert sum(r["updates_by_required"].values()) == 60
+        assert sum(r["updates_by_required"].values()) == 30
     assert "auto / best fixed" in printed
 
 
