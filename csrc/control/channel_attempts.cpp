@@ -138,7 +138,8 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
   int others = 0;
   for (int r = 0; r < size_; ++r) others += !is_in[static_cast<std::size_t>(r)] && able(r, slot) ? 1 : 0;
   const int count = static_cast<int>(arrivals.size());
-  const bool nobody_is_left = count + others == 0;  // who has died was the last whose gradient was finite
+  // Who has died was the last whose gradient was finite.
+  const bool nobody_is_left = count + others == 0 && !slot.nonfinite.empty();
   slot.is_short = !slot.broken && !nobody_is_left && count < needed_arrivals(decision.required, count, others);
   if (slot.is_short) return false;
   if (!given_up.empty()) put_given_up_on_record(Record::Event::replaced, slot, suspects, reason, now);
