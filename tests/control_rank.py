@@ -126,7 +126,8 @@ class Line:
         check(step == len(self.history), f"I1: rank {self.rank} got update {step} after {len(self.history)} others")
         values = []
         for scope, contributors in enumerate(update["contributors"]):
-            value = self.results.pop((step, scope), None)
+            result = self.results.pop((step, scope), None)
+            value = result if contributors else None  # what an attempt that was given up has left there is not used
             check(value is not None or not contributors, f"I1: rank {self.rank} applies {update} without scope {scope}")
             check(value is None or list(value[0]) == contributors, f"I1: {update} says {contributors}, summed: {value}")
             values.append(value)

@@ -145,14 +145,17 @@ class Witness:
             excused |= self.joined | (set() if self._is_of_all(spec) else self.paused)
         excused = excused | self.nonfinite.get(key, set())
         self.excused[key] = excused
+        earlier = self.contributors.get(key, [])
+        died_with_it = bool(earlier) and all(self.world.ranks[r].dead for r in earlier)
         self.contributors[key] = record["ranks"]
         check(not self.nonfinite.get(key, set()) & set(record["ranks"]), f"I3: a gradient that is not finite: {record}")
         check(all(base == step for base in record["bases"]), f"I2: {record}")
         able = set(range(self.world.size)) - excused - set(record["ranks"])
-        enough = len(record["ranks"]) >= spec.required or not able or bool(self.left.get(key))
+        # What a rank that has died has made alone, others cannot make any more: they were told that they were late.
+        enough = len(record["ranks"]) >= spec.required or not able or bool(self.left.get(key)) or died_with_it
         check(enough, f"I3: {able} could have contributed: {record}")
         still_ask = [r for r in self.world.ranks if r.rank not in self.gone | self.joined]
-        behind = min(r.lines[name].member.step if name in r.lines else 0 for r in still_ask)
+        behind = min((r.lines[name].member.step if name in r.lines else 0 for r in still_ask), default=step)
         check(step + 1 - behind <= spec.max_lag, f"I5: a rank is at step {behind}, max_lag={spec.max_lag}: {record}")
 
     def _sent(self, body: dict[str, Any], told: set[int]) -> None:

@@ -88,8 +88,16 @@ class World:
         truth = self._truth.setdefault(name, [])
         if applied[0] == len(truth):
             truth.append(applied)
+        elif truth[applied[0]] != applied and self._only_dead_have(name, applied[0]):
+            del truth[applied[0] :]
+            truth.append(applied)
         check(truth[applied[0]] == applied, f"I1: a rank applies {applied}, another one {truth[applied[0]]}")
         return applied
+
+    def _only_dead_have(self, name: str, step: int) -> bool:
+        """Ranks that have died together, and nobody else, have applied it: it is as if it had not been."""
+        lines = [(rank.dead, rank.lines[name]) for rank in self.ranks if name in rank.lines]
+        return all(dead or len(line.history) <= step for dead, line in lines)
 
     def contributors_left(self, spec: ChannelSpec, step: int) -> list[list[int] | None]:
         """For each scope of an update who is in it, without who has withdrawn; None: not decided."""

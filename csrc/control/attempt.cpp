@@ -39,6 +39,7 @@ void Attempt::answered(int rank, const Progress& progress, TimeUs now) {
 bool Attempt::each_shard_has_keeper(const std::function<bool(int rank)>& keeps) const {
   const std::size_t k = contributors_.size();
   const auto is_there = [&](int rank) { return !lost_.contains(rank) && keeps(rank); };
+  if (keeps_whole_) return std::any_of(contributors_.begin(), contributors_.end(), is_there);
   for (std::size_t shard = 0; shard < k; ++shard) {
     if (!is_there(contributors_[shard]) && !is_there(contributors_[(shard + 1) % k])) return false;
   }

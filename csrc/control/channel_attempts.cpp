@@ -138,8 +138,11 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
   int others = 0;
   for (int r = 0; r < size_; ++r) others += !is_in[static_cast<std::size_t>(r)] && able(r, slot) ? 1 : 0;
   const int count = static_cast<int>(arrivals.size());
-  // Who has died was the last whose gradient was finite.
-  const bool nobody_is_left = count + others == 0 && !slot.nonfinite.empty();
+  // The last who could make it have died, or what is left is not finite: then it is empty.
+  const bool all_died = std::all_of(given_up.begin(), given_up.end(), [this](const Arrival& arrival) {
+    return ranks_[static_cast<std::size_t>(arrival.rank)].lost;
+  });
+  const bool nobody_is_left = count + others == 0 && (all_died || !slot.nonfinite.empty());
   slot.is_short = !slot.broken && !nobody_is_left && count < needed_arrivals(decision.required, count, others);
   if (slot.is_short) return false;
   if (!given_up.empty()) put_given_up_on_record(Record::Event::replaced, slot, suspects, reason, now);
@@ -185,6 +188,7 @@ void ChannelBook::falls_behind(int rank, const Decision& decision) {
 void ChannelBook::make_final(Slot& slot, const Ranks& stopped, TimeUs now) {
   const Decision& decision = *slot.decision;
   slot.is_final = true;
+  if (!stopped.empty()) slot.attempt.keeps_whole();
   for (const int contributor : decision.contributors) {
     if (std::binary_search(stopped.begin(), stopped.end(), contributor)) {
       falls_behind(contributor, decision);
@@ -202,22 +206,46 @@ void ChannelBook::make_final(Slot& slot, const Ranks& stopped, TimeUs now) {
   slot.latecomers.clear();
 }
 
-// A final update that ranks still need, and of which no living contributor keeps some shard.
-std::optional<Step> ChannelBook::unrecoverable() const {
+// All its contributors have died, and nobody can have fetched it yet: it ends without them.
+void ChannelBook::reopen_if_nobody_has_it(Slot& slot, TimeUs now) {
+  const Ranks& contributors = slot.decision->contributors;
   const auto is_lost = [this](int rank) { return ranks_[static_cast<std::size_t>(rank)].lost; };
-  const auto loses_shard = [&](const Ranks& contributors) {
-    for (std::size_t i = 0; i < contributors.size(); ++i) {  // as in engine/journal.h
-      if (is_lost(contributors[i]) && is_lost(contributors[(i + 1) % contributors.size()])) return true;
-    }
-    return false;
-  };
-  Step needed = open_step_;
-  for (std::size_t r = 0; r < ranks_.size(); ++r) {
-    if (!gone_[r]) needed = std::min(needed, ranks_[r].reached);
+  if (contributors.empty() || !std::all_of(contributors.begin(), contributors.end(), is_lost)) return;
+  if (slot.decision->votes && !slot.is_final) return;  // another attempt follows anyway
+  put_given_up_on_record(Record::Event::replaced, slot, contributors, "whoever had it has died", now);
+  slot.arrivals.clear();
+  slot.is_final = false;
+  slot.broken = true;
+}
+
+// An update of a scope that is decided for good: some rank still has to fetch it, but of one shard at least nobody who
+// keeps it lives. kept_whole: some contributors do not have it, and every keeper has all shards.
+bool ChannelBook::is_lost_to_somebody(Step step, const Ranks& contributors, bool kept_whole) const {
+  const auto is_lost = [this](int rank) { return ranks_[static_cast<std::size_t>(rank)].lost; };
+  bool loses_shard = kept_whole && std::all_of(contributors.begin(), contributors.end(), is_lost);
+  for (std::size_t i = 0; !kept_whole && i < contributors.size(); ++i) {  // as in engine/journal.h
+    loses_shard = loses_shard || (is_lost(contributors[i]) && is_lost(contributors[(i + 1) % contributors.size()]));
   }
+  if (!loses_shard || contributors.empty()) return false;
+  for (int r = 0; r < size_; ++r) {
+    const auto index = static_cast<std::size_t>(r);
+    const bool has_it = !kept_whole && std::binary_search(contributors.begin(), contributors.end(), r);
+    if (!gone_[index] && ranks_[index].applied <= step && !has_it) return true;
+  }
+  return false;
+}
+
+std::optional<Step> ChannelBook::unrecoverable() const {
   for (const PastUpdate& update : history_) {
-    if (update.step >= needed && std::any_of(update.contributors.begin(), update.contributors.end(), loses_shard)) {
-      return update.step;
+    for (std::size_t scope = 0; scope < update.contributors.size(); ++scope) {
+      const bool kept_whole = kept_whole_.contains({update.step, static_cast<int>(scope)});
+      if (is_lost_to_somebody(update.step, update.contributors[scope], kept_whole)) return update.step;
+    }
+  }
+  for (const auto& [key, slot] : slots_) {
+    const bool is_settled = slot.decision && !slot.broken && (slot.is_final || !slot.decision->votes);
+    if (is_settled && is_lost_to_somebody(key.first, slot.decision->contributors, slot.attempt.is_kept_whole())) {
+      return key.first;
     }
   }
   return std::nullopt;

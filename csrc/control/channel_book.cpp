@@ -337,7 +337,10 @@ void ChannelBook::finish_steps(TimeUs now) {
     }
     out_.records.push_back(finished);
     if (chooser_) chooser_->measured(finished.squares, slots_[{final_, 0}].decision->weights);
-    for (int scope = 0; scope < scopes_; ++scope) slots_.erase({final_, scope});
+    for (int scope = 0; scope < scopes_; ++scope) {
+      if (slots_[{final_, scope}].attempt.is_kept_whole()) kept_whole_.insert({final_, scope});
+      slots_.erase({final_, scope});
+    }
     history_.push_back(std::move(update));
     ++final_;
     if (final_ == open_step_) opened_at_ = now;
@@ -346,6 +349,7 @@ void ChannelBook::finish_steps(TimeUs now) {
       history_.pop_front();
       ++history_first_;
     }
+    kept_whole_.erase(kept_whole_.begin(), kept_whole_.lower_bound({history_first_, 0}));
   }
 }
 

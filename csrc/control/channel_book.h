@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -166,6 +167,8 @@ class ChannelBook {
   bool is_kept(const Slot& slot, TimeUs now);
   bool contributes(int rank, Step step) const;
   bool lacks(Step step, int rank) const;
+  void reopen_if_nobody_has_it(Slot& slot, TimeUs now);
+  bool is_lost_to_somebody(Step step, const Ranks& contributors, bool kept_whole) const;
   std::optional<Step> unrecoverable() const;
   void advance_open_step(TimeUs now);
   void finish_steps(TimeUs now);
@@ -203,7 +206,8 @@ class ChannelBook {
   Step open_step_ = 0;  // the first that is not decided in all its scopes
   Step final_ = 0;      // all steps before it are final
   std::map<SlotKey, Slot> slots_;
-  std::deque<PastUpdate> history_;  // steps [history_first_, open_step_)
+  std::deque<PastUpdate> history_;  // steps [history_first_, final_)
+  std::set<SlotKey> kept_whole_;    // of these: every keeper has all shards
   Step history_first_ = 0;
   TimeUs opened_at_ = 0;
   TimeUs typical_us_ = 0;

@@ -359,6 +359,7 @@ void ChannelBook::lost(int from, TimeUs now) {
     drop_its_own(slot.latecomers);
     if (slot.decision) {
       slot.attempt.lost(from);
+      reopen_if_nobody_has_it(slot, now);
     } else {
       drop_its_own(slot.arrivals);
     }
