@@ -49,6 +49,7 @@ class Engine:
         average: bool = True,
         automatic: bool = False,
         drop_nonfinite: bool = False,
+        resync: bool = False,
     ) -> Channel:
         """Opens the channel `name`, the same on all ranks.
 
@@ -60,6 +61,7 @@ class Engine:
         average: results are means over the contributors, weighted by samples; otherwise sums. Integers: sums.
         automatic: N is chosen from step to step (csrc/control/required_chooser.h), and never below `required`.
         drop_nonfinite: with arrive="last": gradients (Channel.measure) that hold NaN or infinity count as late.
+        resync: beyond max_lag a rank takes over the state of another one; otherwise the others wait for it.
         wait_for_all: return only when all ranks have opened it (so that differences are found before the first step).
         """
 
@@ -116,6 +118,10 @@ class Channel:
         """The number of updates that this rank has taken: the step whose gradient it computes now."""
 
     @property
+    def round_start(self) -> int:
+        """The step at which this rank's round has begun."""
+
+    @property
     def round_end(self) -> int | None:
         """The step at which the current round ends, as far as this rank knows; None when unknown."""
 
@@ -157,6 +163,26 @@ class Channel:
     def poll(self) -> bool:
         """Whether wait() would return at once."""
 
+    @property
+    def state_wanted(self) -> bool:
+        """A rank beyond the journal needs the state of this one: `offer_state`, as soon as no update is half applied.
+
+        When wait() says "offer", it may be that of another channel.
+        """
+
+    @property
+    def state_wanted_at_exit(self) -> bool:
+        """The same; or some rank will need it when this one has left."""
+
+    def offer_state(self, parts: list[tuple[int, int]]) -> None:
+        """Keeps a copy of this rank's state for others.
+
+        parts: (address, bytes), one after the other; read before this returns. No update may be half applied.
+        """
+
+    def state(self) -> tuple[int, int]:
+        """Address and size of what another rank has offered, after wait() has said "resync"; until the next wait()."""
+
     def begin_round(self, length: int, align_every: int) -> None:
         """Starts a followed round of `length` steps from here (-1: unknown). align_every: 0 or k."""
 
@@ -167,7 +193,7 @@ class Channel:
         """Ends the round (the first to do so) or joins its end; then call wait() until it says "over"."""
 
     def counters(self) -> dict[str, int]:
-        """contributed, dropped, caught_up: updates of this channel on this rank so far."""
+        """contributed, dropped, caught_up, resynced: updates of this channel on this rank so far."""
 
     def journal_bytes(self) -> int:
         """Memory that is kept here for ranks that are behind."""
@@ -180,6 +206,10 @@ class Update:
         "update": update `step` lies in the result buffers: apply it. If not `contributed`, call wait() again.
         "resume": nothing more is missing here: compute the next gradient.
         "over": the round is over and this rank has all of its updates; a submitted gradient was dropped.
+        "offer": nothing has changed, but a rank beyond the journal needs the state of this one: offer it
+            (`Channel.state_wanted`), and call wait() again.
+        "resync": this rank is beyond the journal: take over `Channel.state()`, after which `step` updates are applied,
+            and call wait() again. These two only with `resync`.
         """
 
     @property

@@ -15,7 +15,7 @@ __all__ = ["AppliedUpdate", "describe_update"]
 class AppliedUpdate:
     """One update, as `optimizer.last_update` and the functions given to `optimizer.on_update` see it.
 
-    Everything but `contributed`, `caught_up` and `dropped` is the same on all ranks.
+    Everything but `contributed`, `caught_up`, `resynced` and `dropped` is the same on all ranks.
 
     Attributes:
         step: its number in this run, from 0; -1 as long as there was none.
@@ -26,6 +26,8 @@ class AppliedUpdate:
         contributed: this rank's gradient is in it (in all of its buckets).
         caught_up: how many updates without this rank's gradient the last step() has applied; while the functions of
             `on_update` run, how many before this one.
+        resynced: how many updates the last step() has not applied, because they were not kept any more: this rank has
+            taken over the state of another one in place of them (on_max_lag="resync").
         metrics: for each name given to `metrics()`, the mean over the contributors that gave a number for it, weighted
             with their samples; NaN when none did.
         dropped: the gradient that the last step() handed over was not used, at least not whole.
@@ -38,6 +40,7 @@ class AppliedUpdate:
     samples: float = 0.0
     contributed: bool = False
     caught_up: int = 0
+    resynced: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     dropped: bool = False
 

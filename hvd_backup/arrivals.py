@@ -69,6 +69,7 @@ class Arrivals:
         required: N [S].
         first: the first step, or the first of a round: what ranks did before is not known [S].
         catch_ups: in order.
+        resyncs: (rank, step) for each time that a rank beyond the journal has taken over the state of another one.
         noise: of the updates that it was measured for.
         died: the first step that a rank has not finished, because its process has died.
     """
@@ -87,6 +88,7 @@ class Arrivals:
     catch_ups: tuple[CatchUp, ...]
     noise: tuple[Noise, ...]
     died: dict[int, int] = field(default_factory=dict)
+    resyncs: tuple[tuple[int, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -154,6 +156,7 @@ def of(channel: ChannelRecording, size: int, last: int | None = None) -> Arrival
         tuple(_catch_ups(channel)),
         tuple(lines.noise[step] for step in numbers if step in lines.noise),
         {line["ranks"][0]: line["step"] for line in channel.of("lost")},
+        tuple((line["ranks"][0], line["step"]) for line in channel.of("resynced")),
     )  # fmt: skip
 
 

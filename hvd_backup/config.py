@@ -66,7 +66,11 @@ class Config:
     max_lag: int | str = _option(
         "auto", "updates kept for ranks that are behind; `auto`: what fits in the journal, 4 to 1024", values_of.max_lag
     )
-    on_max_lag: str = _option("wait", "what the others do at that bound: `wait` for the rank", values_of.on_max_lag)
+    on_max_lag: str = _option(
+        "resync",
+        "beyond that bound: `resync`: the rank takes over the weights of another one; `wait`: the others wait for it",
+        values_of.on_max_lag,
+    )
     scope: str = _option(
         "step", "what has one set of contributors: a `step` or a `bucket`", values_of.one_of("step", "bucket")
     )

@@ -64,6 +64,9 @@ class Participant(Protocol):
     def begin_join(self) -> None:
         """This rank is about to join: it contributes nothing more until all ranks have joined."""
 
+    def serve(self, leaving: bool = False) -> None:
+        """Makes a copy of the state for ranks beyond the journal, if it is wanted."""
+
     def finish_round(self, wait: bool) -> bool:
         """Applies the updates of the others; whether the round is over, as it is when all have joined."""
 
@@ -236,6 +239,8 @@ class Context:
         if self.rank == 0:
             self._say_summary()
         if not finalizing:  # within MPI_Finalize they are on their way out themselves
+            if not failure:
+                self._serve_before_leaving()
             for end in self.before_close:
                 end()
         self.engine.shutdown(failure)
@@ -247,6 +252,14 @@ class Context:
                 while not met.Test() and time.monotonic() < deadline:
                     time.sleep(0.0002)
             _retired.extend(self._survivors.communicators())
+
+    def _serve_before_leaving(self) -> None:
+        """Nobody else may be left for a rank that is far behind."""
+        for participant in self._in_order():
+            try:
+                participant.serve(leaving=True)
+            except Exception as error:
+                _log.error("while leaving, the state for a rank that is far behind could not be kept: %s", error)
 
     def straggler_report(self, channel: str | None = None, last: int | None = None) -> stragglers.StragglerReport:
         """See `hvd_backup.stragglers.report`; empty on other ranks than 0."""

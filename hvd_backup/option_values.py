@@ -111,10 +111,8 @@ def max_lag(value: Any) -> int | str:
 
 
 def on_max_lag(value: Any) -> str:
-    """Only "wait", until there is "resync"."""
-    if isinstance(value, str) and value.lower() == "resync":
-        raise ValueError('expected "wait": "resync" is not there yet, so at the bound the others wait for the rank')
-    return one_of("wait")(value)  # type: ignore[no-any-return]
+    """ "resync" or "wait"."""
+    return one_of("resync", "wait")(value)  # type: ignore[no-any-return]
 
 
 def policy(value: Any) -> str | None:

@@ -32,7 +32,7 @@ class Policy:
         max_staleness: always 0 yet.
         late: "drop" or "carry".
         max_lag: updates kept for ranks that are behind, or "auto" (see `lag_bound`).
-        on_max_lag: always "wait" yet.
+        on_max_lag: "resync": a rank beyond that takes over the state of another one; "wait": the others wait for it.
         scope: "step" or "bucket".
         arrive: "first" or "last".
         nonfinite: "pass" or "drop"; with "drop", arrive is "last".
@@ -47,7 +47,7 @@ class Policy:
     max_staleness: int = 0
     late: str = "drop"
     max_lag: int | str = "auto"
-    on_max_lag: str = "wait"
+    on_max_lag: str = "resync"
     scope: str = "step"
     arrive: str = "first"
     nonfinite: str = "pass"

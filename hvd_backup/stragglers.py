@@ -46,6 +46,7 @@ class RankReport:
         dropped: gradients that were not used.
         catch_ups, catch_up_s: how often it was late and went on, and how many seconds that took in all.
         verdict: "on time", "slow at times" or "always slow"; "died at step k", for good.
+        resyncs: how often it was so far behind that it has taken over the state of another rank.
         starved: its share of the updates is under half of its due.
     """
 
@@ -61,6 +62,7 @@ class RankReport:
     catch_up_s: float
     verdict: str
     starved: bool
+    resyncs: int = 0
 
     @property
     def died(self) -> bool:
@@ -131,6 +133,12 @@ class StragglerReport:
             "came too late"
             for r in self.ranks
             if r.starved
+        ] + [
+            f"rank {r.rank} was further behind than the journal reaches, and has taken over the weights of another "
+            f"rank{f', {r.resyncs} times' if r.resyncs > 1 else ''}: what it had missed it has not applied. A larger "
+            "max_lag keeps more updates for it"
+            for r in self.ranks
+            if r.resyncs
         ]
 
     def __str__(self) -> str:
@@ -253,6 +261,7 @@ def _rank(times: Arrivals, rank: int, waits: arrivals.Floats, step_s: float) -> 
         catch_up_s=sum(found.seconds for found in catch_ups),
         verdict=_verdict(late, died),
         starved=died is None and contributed < STARVED * due,
+        resyncs=sum(r == rank and step >= times.steps[0] for r, step in times.resyncs),
     )
 
 

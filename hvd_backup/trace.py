@@ -30,7 +30,13 @@ _NUMBERS = {
     "decision": ("opened_us", "required"),
     "resumed": ("t_us",),
 }
-_LISTS = {"dropped": ("ranks", "arrivals_us"), "resumed": ("ranks",), "replaced": ("ranks",), "lost": ("ranks",)}
+_LISTS = {
+    "dropped": ("ranks", "arrivals_us"),
+    "resumed": ("ranks",),
+    "replaced": ("ranks",),
+    "resynced": ("ranks",),
+    "lost": ("ranks",),
+}
 
 
 @dataclass

@@ -120,7 +120,7 @@ class Training(UpdateStream):
         self._following = True
         self._still_runs = still_runs
         self._align_every = align_every
-        self.round_start = self.step
+        self.round_start = self._earlier_steps + (0 if self.channel is None else self.channel.round_start)
         self._round_to_begin = (length, align_every)
         if self.channel is not None:
             try:
@@ -255,6 +255,9 @@ class Training(UpdateStream):
             for other in self._program.alive
             if other is not self
         )
+
+    def _streams(self) -> Sequence[UpdateStream]:
+        return trainings_of(self)
 
     def _dropped_after_end(self) -> None:
         if not self._following:

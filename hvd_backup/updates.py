@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +23,7 @@ from hvd_backup.context import Context
 from hvd_backup.errors import HvdBackupError, UsageError
 from hvd_backup.metrics import Metrics
 from hvd_backup.policy import Policy
+from hvd_backup.resync import PackedState, memory_at
 
 __all__ = ["Framework", "UpdateStream"]
 
@@ -56,6 +58,12 @@ class Framework(Protocol):
     def applied(self) -> None:
         """An update has been applied, and the functions of on_update have run: learning-rate schedulers."""
 
+    def state(self, own: dict[str, Any]) -> PackedState:
+        """All that updates depend on, and `own`: for a rank beyond the journal. Used before anything changes."""
+
+    def load_state(self, memory: memoryview) -> dict[str, Any]:
+        """Makes the state of another rank that of this one, in place; returns its `own`."""
+
     def outside_step(self) -> AbstractContextManager[object]:
         """Within it updates may be loaded and applied; afterwards the gradients are what they were before."""
 
@@ -87,7 +95,7 @@ class UpdateStream:
         self._samples = 1.0
         self._global_step_base = 0
         self._earlier_steps = 0  # of channels before this one, and their counters
-        self._earlier_counters = {"contributed": 0, "dropped": 0, "caught_up": 0}
+        self._earlier_counters = {"contributed": 0, "dropped": 0, "caught_up": 0, "resynced": 0}
         self._reopened = 0
         self._gradient_buckets = 0
         self._gradient_scopes = 1
@@ -95,6 +103,9 @@ class UpdateStream:
         self._own: Update | None = None
         self._holds = False
         self._caught_up = 0
+        self._resynced = 0  # likewise: updates of which the last step has taken over the outcome
+        self._resynced_before = 0  # the channel's counter, before the last step
+        self._thread = threading.get_ident()  # which takes the steps
         self._torn = ""
 
     # --- opening ---
@@ -128,6 +139,7 @@ class UpdateStream:
             wait_for_all=self._is_alone(),
             automatic=self.policy.automatic,
             drop_nonfinite=self.policy.nonfinite == "drop",
+            resync=self.policy.on_max_lag == "resync",
         )
         return self.channel.proposal
 
@@ -216,7 +228,7 @@ class UpdateStream:
         self._global_step_base = value - self.step
 
     def counters(self) -> dict[str, int]:
-        """contributed, dropped (gradients of this rank), caught_up (updates)."""
+        """contributed, dropped (gradients of this rank), caught_up, resynced (updates)."""
         now = self.channel.counters() if self.channel is not None else {}
         return {name: count + now.get(name, 0) for name, count in self._earlier_counters.items()}
 
@@ -232,6 +244,7 @@ class UpdateStream:
             return
         self._earlier_steps, self._earlier_counters = self.step, self.counters()
         self._reopened += 1
+        self._resynced_before = 0
         self._holds = False
         self.channel = None
 
@@ -266,9 +279,9 @@ class UpdateStream:
             channel.submit(self._gradient_buckets, *self._metrics.pack())
         base = channel.step
         used = [False] * self._gradient_buckets
-        self._caught_up = 0
+        self._caught_up = self._resynced = 0
         self._own = None
-        while (update := self._next(channel)).kind == "update":
+        while (update := self._wait()).kind == "update":
             if update.step == base:
                 used = self._by_bucket(update, lambda ranks: self._place.rank in ranks)
             if update.contributed:
@@ -291,7 +304,9 @@ class UpdateStream:
                 self.opened.commit()
             self._apply_loaded(own)
         self.step_calls += 1
-        self.last_update = dataclasses.replace(self.last_update, caught_up=self._caught_up, dropped=own is None)
+        self.last_update = dataclasses.replace(
+            self.last_update, caught_up=self._caught_up, resynced=self._resynced, dropped=own is None
+        )
 
     def skip(self) -> None:
         """Ends the step without applying what catch_up() has loaded; with b = 0 only, so there is nothing held."""
@@ -301,14 +316,65 @@ class UpdateStream:
 
     def wait_outside_step(self, one: bool = False) -> str:
         """Applies what this rank has missed, all or just one update; returns the kind of the last one."""
-        channel = self.opened
         with self._framework.outside_step():
-            self._caught_up = 0
-            while (update := self._next(channel)).kind == "update":
+            self._caught_up = self._resynced = 0
+            while (update := self._wait(one)).kind == "update":
                 self._apply(update)
                 if one:
                     break
         return update.kind
+
+    # --- ranks beyond the journal ---
+
+    def serve(self, leaving: bool = False) -> None:
+        """Makes a copy of the state for others, if it is wanted, and if no update is half applied right now.
+
+        leaving: this rank is about to leave for good.
+        """
+        channel = self.channel
+        if channel is None or self._own is not None or self._torn or self._thread != threading.get_ident():
+            return
+        if channel.state_wanted_at_exit if leaving else channel.state_wanted:
+            own = {"global_step": self.global_step, "last_update": self.last_update}
+            packed = self._framework.state(own)  # which owns what its parts point to
+            channel.offer_state(packed.parts)
+
+    def _wait(self, one: bool = False) -> Update:
+        """What channel.wait() gives; serves other ranks, and takes over the state of another one, on the way.
+
+        one: this, too, counts as what has come, so that it does not wait for more.
+        """
+        self._thread = threading.get_ident()
+        while True:
+            with failures.reported():
+                update = self.opened.wait()
+            if update.kind == "offer":
+                for stream in self._streams():
+                    stream.serve()
+            elif update.kind == "resync":
+                self._take_over(update.step)
+            if one or update.kind not in ("offer", "resync"):
+                return update
+
+    def _streams(self) -> Sequence[UpdateStream]:
+        """Of this program."""
+        return [self]
+
+    def _take_over(self, step: int) -> None:
+        """The state of another rank is here: this rank goes on as if it were that one, after update `step` - 1."""
+        self._torn = (
+            f"an exception ended an earlier call while it took over the state of another rank at step {step}, so the "
+            "weights of this rank are those of nobody: end the program"
+        )
+        with failures.unbroken():
+            own = self._framework.load_state(memory_at(*self.opened.state()))
+        self.global_step = own["global_step"]
+        contributed = self._place.rank in own["last_update"].contributors
+        self.last_update = dataclasses.replace(own["last_update"], contributed=contributed)
+        total = self.opened.counters()["resynced"]
+        self._resynced += total - self._resynced_before
+        self._resynced_before = total
+        self._torn = ""
 
     # --- inside ---
 
@@ -323,10 +389,6 @@ class UpdateStream:
         """For each bucket of gradients, whether something holds for its contributors."""
         verdicts = [holds(ranks) for ranks in update.contributors[: self._gradient_scopes]]
         return verdicts if self.policy.scope == "bucket" else verdicts * self._gradient_buckets
-
-    def _next(self, channel: Channel) -> Update:
-        with failures.reported():
-            return channel.wait()
 
     def _apply(self, update: Update) -> None:
         self._load(update, settled=self._holds)

@@ -114,6 +114,12 @@ class Unheard(Bug):
         return {} if body["message"] == self.kind else body
 
 
+class HalfACopy(Bug):
+    """A rank makes the copy of its state before it has applied the update that it has taken."""
+
+    whole = False
+
+
 class NobodyStandsIn(Bug):
     """A late rank ignores that it is needed for the next attempt."""
 
@@ -132,8 +138,9 @@ BUGS = {
     "other samples": OtherSamples,
     "other hyperparameters": OtherHyperparameters,
     "nobody stands in": NobodyStandsIn,
+    "half a copy": HalfACopy,
     **{
         f"{kind} unheard": lambda kind=kind: Unheard(kind)
-        for kind in ("Final", "Late", "Withdraw", "Away", "Probe", "Progress", "Exit")
+        for kind in ("Final", "Late", "Withdraw", "Away", "Probe", "Progress", "Exit", "Offered", "StateLost")
     },
 }

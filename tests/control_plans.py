@@ -6,6 +6,7 @@ Each takes a random.Random, which may be Hypothesis's own, so that failing plans
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from random import Random
 
 from tests.control_programs import Data, Epoch, Failure, Plan
@@ -27,6 +28,7 @@ def optimizers(rng: Random, size: int, count: int, required: int | None = None) 
             grace_us=rng.choice([0, 0, 100, 1000]),
             max_misses=rng.choice([0, 0, 1, 3]),
             max_lag=rng.choice([64, 5, 2, 1]),
+            resync=rng.random() < 0.5,
         )
         for number in range(count)
     )
@@ -62,6 +64,16 @@ def training(rng: Random) -> Plan:
     epochs = [epoch(rng, size, rng.choice([1, 3, 6, 20, 0]), len(specs) == 1) for _ in range(rng.randint(1, 3))]
     last = [rng.randrange(len(epochs)) if rng.random() < 0.1 else None for _ in range(size)]
     return Plan(size, specs, tuple(epochs), tuple(last), nonfinite=nonfinite(rng, size, specs))
+
+
+def behind(rng: Random) -> Plan:
+    """Ranks fall out of the journal again and again, and come back by taking over another one's state."""
+    size = rng.randint(2, 5)
+    count = rng.choice([1, 1, 2])
+    specs = optimizers(rng, size, count, required=rng.randint(1, size - 1))
+    specs = tuple(replace(spec, max_lag=rng.choice([1, 2, 3, 4]), resync=True) for spec in specs)
+    epochs = [epoch(rng, size, rng.choice([6, 20, 40]), count == 1) for _ in range(rng.randint(1, 3))]
+    return Plan(size, specs, tuple(epochs))
 
 
 def failing(rng: Random) -> Plan:
@@ -105,8 +117,17 @@ def without_one(rng: Random) -> Plan:
     size = rng.randint(3, 5)
     count = rng.choice([1, 2])
     specs = optimizers(rng, size, count, required=rng.randint(2, size - 1))
+    max_lag = rng.choice([64, 5, 2, 1])
     specs = tuple(
-        ChannelSpec(s.name, required=s.required, layout=s.layout, arrive_first=s.arrive_first, grace_us=s.grace_us)
+        ChannelSpec(
+            s.name,
+            required=s.required,
+            layout=s.layout,
+            arrive_first=s.arrive_first,
+            grace_us=s.grace_us,
+            max_lag=max_lag,
+            resync=max_lag < 64,
+        )
         for s in specs
     )
     each = Epoch((Data(rng.randint(1, 12)),) * size, followed=count == 1 and rng.random() < 0.6)

@@ -88,6 +88,8 @@ def until_exit(world: World, r: int, body: Program) -> Program:
     except (ChannelFailed, LeavesNow) as error:
         failure = str(error)
     for line in world.ranks[r].lines.values():
+        if not failure:
+            line.serve(unasked=True)
         line.member.withdraw()
         line.collect()
     world.leave(r, failure)
@@ -128,7 +130,7 @@ def followed(lines: list[Line], plan: Plan, number: int, steps: int) -> Generato
     """A loop over follow(); returns how many steps this rank has made in all."""
     first, epoch = lines[0], plan.epochs[number]
     data = epoch.data[first.rank]
-    start, seen, own = first.member.step, [], 0
+    seen, own = [], 0
     running = True
     for line in lines:
         usable(line)
@@ -136,6 +138,7 @@ def followed(lines: list[Line], plan: Plan, number: int, steps: int) -> Generato
         line.member.begin_round(length, epoch.align_every if line is first else 0)
         yield True
         running = (yield from caught_up(line)) == "resume" and running
+    start = first.member.round_start
     while running:
         while not first.member.round_over and (end := first.member.round_end) is not None and first.member.step >= end:
             if (yield from caught_up(first)) == "over":
@@ -171,6 +174,7 @@ def end_rounds(lines: list[Line]) -> Program:
         progress = False
         for line in lines:
             usable(line)
+            line.serve()
             if not line.member.round_over and line.member.next():
                 check(line.take()["kind"] != "resume", f"rank {line.rank} is away, and was told to resume")
                 progress = True
@@ -217,14 +221,19 @@ def usable(line: Line) -> None:
 
 
 def wait(line: Line) -> Generator[bool, None, dict[str, Any]]:
-    """Channel.wait()."""
-    usable(line)
-    while not line.member.next():
+    """Channel.wait(), as UpdateStream calls it: serves other ranks, and takes over another's state, on the way."""
+    while True:
+        usable(line)
+        for each in line.world.ranks[line.rank].lines.values():
+            each.serve()
+        if line.member.next():
+            if (update := line.take())["kind"] != "resync":
+                return update
+            yield True
+            continue
         if len(line.world.specs) > 1:
             line.member.announce_waiting()
         yield False
-        usable(line)
-    return line.take()
 
 
 def caught_up(line: Line) -> Generator[bool, None, str]:

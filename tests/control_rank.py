@@ -46,11 +46,16 @@ class ChannelSpec:
     grace_us: int = 0
     max_misses: int = 0
     max_lag: int = 64
+    resync: bool = False
     wait_for_all: bool = True
 
     @property
     def scopes(self) -> int:
         return max(self.layout) + 1
+
+    def resyncs(self, size: int) -> bool:
+        """Whether ranks beyond the journal take over another's state; otherwise they are waited for."""
+        return self.resync and self.kind == "training" and self.required < size
 
 
 @dataclass
@@ -87,6 +92,10 @@ class Line:
         self.missed: dict[str, Any] | None = None  # the update that is being fetched
         self.journal: dict[tuple[int, int], tuple[Value, set[int]]] = {}  # by step and scope: the sum, which shards
         self.history: list[Applied] = []  # the weights
+        self.states: dict[int, list[Applied]] = {}  # copies that were offered, by step
+        self.pulls: list[dict[str, Any]] = []  # of others' states, which were promised to this rank
+        self.told_lost: list[dict[str, Any]] = []  # those of them that did not come
+        self.state: list[Applied] = []  # what has come
 
     # --- calls of the program ---
 
@@ -111,6 +120,8 @@ class Line:
         if gradient is not None:
             # A rank that stopped after it had contributed fetches what its gradient is in.
             counts = update["kind"] == "update" and all(self.rank in ranks for ranks in update["contributors"])
+            if update["kind"] == "resync":
+                counts = self.world.is_in(self.spec, gradient.base, self.rank)
             check(counts or not update["contributed"], f"I7: {update}")
             counted = tuple(counters[key] - gradient.counters[key] for key in ("contributed", "dropped"))
             check(counted == ((1, 0) if counts else (0, 1)), f"I7: counted as {counted}: {update}")
@@ -118,7 +129,21 @@ class Line:
             check(counts != on_record, f"I7: on record as dropped: {on_record}, rank {self.rank}: {update}")
         if update["kind"] == "update":
             self._apply(update)
+        elif update["kind"] == "resync":
+            self.history, self.state = self.state, []
+            self.world.check_state(self.spec.name, update["step"], self.history)
         return update
+
+    def serve(self, unasked: bool = False) -> None:
+        """The training thread is between two updates: makes a copy of its state, if that is wanted."""
+        if self.member.state_wanted or (unasked and self.member.state_will_be_wanted):
+            self._pass_over_empty_updates(self.member.step)
+            whole = self.world.bug is None or self.world.bug.whole
+            self.states[self.member.step] = list(self.history if whole else self.history[:-1])
+            kept = len(self.states)
+            check(kept <= 3, f"I5: rank {self.rank} keeps {kept} copies of its state")
+            self.member.offer(len(self.history))
+            self.collect()
 
     def _apply(self, update: dict[str, Any]) -> None:
         step = update["step"]
@@ -161,6 +186,7 @@ class Line:
         missed = self.member.take_catch_up()
         if missed is not None:
             self.missed = missed
+        self.pulls += self.member.take_resyncs()
 
     def receive(self, message: bytes, body: dict[str, Any]) -> None:
         if body["message"] == "Failed":
@@ -170,6 +196,9 @@ class Line:
             self.id = body["channel"]
         if body["message"] == "Probe":
             self._answer(body)
+            return
+        if body["message"] == "Dismiss":
+            self.states.pop(body["step"], None)
             return
         self.member.receive(message)
         if body["message"] == "Final" and body["stopped"]:  # all is kept for those, and for others in their place
@@ -238,12 +267,62 @@ class Line:
     def can_fetch(self) -> bool:
         """Whether each shard of the missed update has a keeper that can answer; every keeper must have it (I5)."""
         assert self.missed is not None
-        return all(self._keepers(scope) for scope in self.missed["scopes"])
+        return self._is_lost() or self._is_forgotten() or all(self._keepers(scope) for scope in self.missed["scopes"])
+
+    def _is_lost(self) -> bool:
+        """Those who kept a part of it have died, and the others say that they do not."""
+        assert self.missed is not None
+        if not self.spec.resyncs(self.world.size):
+            return False
+        ranks, step, dead = self.world.ranks, self.missed["step"], self.world.ranks[self.rank].lost
+        for scope in self.missed["scopes"]:
+            contributors = self.missed["contributors"][scope]
+            others = [ranks[r] for r in contributors if r != self.rank]
+            for shard in range(len(contributors)):
+                has_not = [
+                    each.rank in dead or not (each.stopped or each.lines[self.spec.name].keeps(step, scope, shard))
+                    for each in others
+                ]
+                if all(has_not) and any(each.rank in dead for each in others):
+                    return True
+        return False
+
+    def _is_forgotten(self) -> bool:
+        """A keeper answers that the missed update has fallen out of its journal."""
+        assert self.missed is not None
+        step = self.missed["step"]
+        keepers = {r for ranks in self.missed["contributors"] for r in ranks if not self.world.ranks[r].stopped}
+        forgotten = any(self.world.ranks[r].lines[self.spec.name].member.all_have > step for r in keepers)
+        check(not forgotten or step < self.world.kept_from(self.spec), f"I5: update {step} was given up too early")
+        return forgotten
+
+    def pull(self, resync: dict[str, Any]) -> None:
+        """The state that was promised has come, all of it; or it is not there any more."""
+        state = self.world.ranks[resync["server"]].lines[self.spec.name].states.get(resync["step"])
+        self.pulls.remove(resync)
+        if state is None:
+            self.member.state_lost(resync)
+        else:
+            self.state = list(state)
+            self.pulls, self.told_lost = [], []
+            self.member.state_here(resync)
+        self.collect()
+
+    def lose(self, resync: dict[str, Any]) -> None:
+        """It takes too long."""
+        self.told_lost.append(resync)
+        self.member.state_lost(resync)
+        self.collect()
 
     def fetch(self) -> None:
         """All shards of the missed update have come."""
         assert self.missed is not None
         step = self.missed["step"]
+        if self._is_lost() or self._is_forgotten():
+            self.missed = None
+            self.member.fetch_lost(step)
+            self.collect()
+            return
         for scope in self.missed["scopes"]:
             values = {keeper.journal[step, scope][0] for keeper in self._keepers(scope)}
             check(len(values) == 1, f"I1: the journals hold different sums of update {step}, scope {scope}: {values}")
@@ -267,7 +346,8 @@ class Line:
         for shard in range(len(contributors)):
             all_lines = [self.world.ranks[r].lines[self.spec.name] for r in contributors if r != self.rank]
             keepers = [line for line in all_lines if line.keeps(step, scope, shard)]
-            check(bool(keepers), f"I5: nobody keeps shard {shard} of update {step}, which rank {self.rank} misses")
+            fallen = step < self.world.kept_from(self.spec)
+            check(fallen or bool(keepers), f"I5: nobody keeps shard {shard} of {step}, which rank {self.rank} misses")
             answering += [keeper for keeper in keepers if not self.world.ranks[keeper.rank].stopped][:1]
         return answering if len(answering) == len(contributors) else []
 

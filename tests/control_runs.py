@@ -110,6 +110,7 @@ def reported(plan: Plan, world: World) -> Iterator[None]:
 Run = Callable[[Plan, list[int], "Bug | None"], "World | None"]
 KINDS: dict[str, tuple[Callable[[Random], Plan], Run]] = {
     "training": (control_plans.training, run),
+    "behind": (control_plans.behind, run),
     "failing": (control_plans.failing, run),
     "collectives": (control_plans.collectives, run),
     "one stopped": (control_plans.without_one, run_with_one_stopped),

@@ -35,6 +35,7 @@ class Witness:
         self.dropped: set[tuple[int, Key]] = set()
         self.failed: set[str] = set()
         self.withdrawals = 0
+        self.asked: set[tuple[int, str]] = set()  # who is to offer its state
         self.unanswered: Counter[tuple[object, ...]] = Counter()  # by rank and what it has asked: each gets one answer
 
     # --- what the coordinator gets to know ---
@@ -46,6 +47,10 @@ class Witness:
             self.away[name].add(r)
         elif kind == "Sync":
             self.unanswered[r, name] += 1
+        elif kind == "Offered":
+            self.asked.discard((r, name))
+        elif kind == "StateLost":
+            self.unanswered[r, name, "instead"] += 1
         elif kind in ("Arrive", "BeginRound"):
             if kind == "Arrive":
                 key = name, body["step"], body["scope"]
@@ -100,6 +105,15 @@ class Witness:
                 self.joined.discard(to)
             elif body["message"] in ("History", "Resume", "Over"):
                 self._answers(to, body)
+            elif body["message"] == "Resync":
+                if not body["instead"] or self.unanswered[to, self.names[body["channel"]], "instead"] > 0:
+                    self._answers(to, body, *(["instead"] if body["instead"] else []))
+                else:
+                    check(any(rank.found_dead for rank in self.world.ranks), f"I4: rank {to} has not asked: {body}")
+            elif body["message"] == "Offer":
+                name = self.names[body["channel"]]
+                check((to, name) not in self.asked, f"I4: rank {to} is asked for its state again: {body}")
+                self.asked.add((to, name))
             elif body["message"] == "Late":
                 self._answers(to, body, body["step"], body["scope"])
             elif body["message"] == "Decision":
@@ -121,14 +135,15 @@ class Witness:
         """I4: what waits for a rank that is stopped has a fixed bound."""
         specs = self.world.specs.values()
         bound = sum(spec.scopes for spec in specs) * 2 * (1 + self.withdrawals + self.attempts) + 3 * len(specs) + 2
+        bound += 5 * sum(spec.resyncs(self.world.size) for spec in specs)  # one Offer, a Dismiss for each copy, Resync
         check(length <= bound, f"I4: {length} messages wait for rank {to}, at most {bound} may")
 
     # --- inside ---
 
-    def _answers(self, to: int, body: dict[str, Any], *place: int) -> None:
+    def _answers(self, to: int, body: dict[str, Any], *place: object) -> None:
         """Who is told something has asked; only a gradient in a decision that is given up is answered twice."""
         question = (to, self.names[body["channel"]], *place)
-        given_up = body["message"] == "Late" and to in self.contributors.get(question[1:], [])
+        given_up = body["message"] == "Late" and to in self.contributors.get((question[1], *place), [])  # type: ignore
         check(self.unanswered[question] > 0 or given_up, f"I4: rank {to} has not asked: {body}")
         self.unanswered[question] -= self.unanswered[question] > 0
 
@@ -154,6 +169,8 @@ class Witness:
         # What a rank that has died has made alone, others cannot make any more: they were told that they were late.
         enough = len(record["ranks"]) >= spec.required or not able or bool(self.left.get(key)) or died_with_it
         check(enough, f"I3: {able} could have contributed: {record}")
+        if spec.resyncs(self.world.size):
+            return  # what is kept is checked where it is kept
         still_ask = [r for r in self.world.ranks if r.rank not in self.gone | self.joined]
         behind = min((r.lines[name].member.step if name in r.lines else 0 for r in still_ask), default=step)
         check(step + 1 - behind <= spec.max_lag, f"I5: a rank is at step {behind}, max_lag={spec.max_lag}: {record}")

@@ -26,6 +26,7 @@ class Bug:
     """What is said is changed on its way, or not said at all (empty). This one changes nothing."""
 
     keeps = True  # journals are kept
+    whole = True  # copies of a state are those of the step that is said
 
     def to_coordinator(self, rank: int, body: dict[str, Any]) -> dict[str, Any]:
         return body
@@ -62,7 +63,7 @@ class World:
     def open(self, rank: int, name: str) -> Line:
         spec = self.specs[name]
         line = self.ranks[rank].lines[name] = Line(self, rank, spec)
-        options = {key: getattr(spec, key) for key in ("required", "grace_us", "max_misses", "max_lag")}
+        options = {key: getattr(spec, key) for key in ("required", "grace_us", "max_misses", "max_lag", "resync")}
         kind = ["training", "collective"].index(spec.kind)
         self.send(rank, compose("Open", name=name, kind=kind, options=options, wait_for_all=spec.wait_for_all))
         return line
@@ -98,6 +99,21 @@ class World:
         """Ranks that have died together, and nobody else, have applied it: it is as if it had not been."""
         lines = [(rank.dead, rank.lines[name]) for rank in self.ranks if name in rank.lines]
         return all(dead or len(line.history) <= step for dead, line in lines)
+
+    def check_state(self, name: str, step: int, state: list[Applied]) -> None:
+        """I1: what a rank takes over is what all others have, or have had, after so many updates."""
+        truth = self._truth.get(name, [])[:step]
+        check(len(truth) == step and state == truth, f"I1: as the state after {step} updates a rank takes over {state}")
+
+    def is_in(self, spec: ChannelSpec, step: int, rank: int) -> bool:
+        """Whether the rank's gradient is in the update, in all scopes."""
+        values = self._truth[spec.name][step][1]
+        return bool(values) and all(value is not None and rank in value[0] for value in values)
+
+    def kept_from(self, spec: ChannelSpec) -> int:
+        """The first update that the journals must hold."""
+        newest = max((step for name, step, _ in self._witness.contributors if name == spec.name), default=0)
+        return newest + 1 - spec.max_lag if spec.resyncs(self.size) else 0
 
     def contributors_left(self, spec: ChannelSpec, step: int) -> list[list[int] | None]:
         """For each scope of an update who is in it, without who has withdrawn; None: not decided."""
@@ -168,6 +184,14 @@ class World:
                 if line.missed and line.can_fetch():
                     what = ("has fetched: rank", r, name, "step", line.missed["step"])
                     out.append((what, lambda line=line: self._at(line, line.fetch)))
+                for resync in line.pulls:
+                    server = resync["server"]
+                    what = ("has the state: rank", r, name, "of rank", server, "at step", resync["step"])
+                    if not self.ranks[server].stopped:
+                        out.append((what, lambda line=line, resync=resync: self._at(line, lambda: line.pull(resync))))
+                    elif resync not in line.told_lost:
+                        what = ("misses the state: rank", r, name, "of rank", server, "at step", resync["step"])
+                        out.append((what, lambda line=line, resync=resync: self._at(line, lambda: line.lose(resync))))
             if rank.program is not None and rank.ready:
                 out.append((("program goes on:", r), lambda r=r: self._run(r)))
         return out

@@ -37,6 +37,7 @@ class FakeChannel:
         self.proposal = proposal
         self.script: list[FakeUpdate] = []
         self.step = 0
+        self.round_start = 0
         self.round_end: int | None = None
         self.round_over = False
         self._begun = False
@@ -74,6 +75,7 @@ class FakeChannel:
         if update.kind == "over":
             self.round_over = not self._leaving
             self._leaving = False
+            self.round_start = self.step
         return update
 
     def leave(self) -> None:
@@ -92,7 +94,7 @@ class FakeChannel:
         return bool(self.script)
 
     def counters(self) -> dict[str, int]:
-        return {"contributed": 7, "dropped": 2, "caught_up": 1}
+        return {"contributed": 7, "dropped": 2, "caught_up": 1, "resynced": 0}
 
 
 class FakePlace:

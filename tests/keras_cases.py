@@ -158,6 +158,65 @@ def train_with_delays(optimizer: Any, epochs: int = 2, callbacks: Any = None, **
     return account(trained, before)
 
 
+class AwayForLong(keras.callbacks.Callback):
+    """The last rank sleeps, first beyond the end of its epoch, then within one; notes the statistics of BatchNorm.
+
+    Attributes:
+        seen: bits of the statistics after each batch.
+        taken_over: those after each batch in which this rank took over another one's state.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.taken_over: list[str] = []
+        self._naps = {(0, 4): 1.5, (2, 3): 0.3}  # by epoch and batch: seconds
+        self._resynced = 0
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        nap = self._naps.get((self._epoch, batch), 0.0) if hvd.rank() == hvd.size() - 1 else 0.0
+        time.sleep(nap or 0.01)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        statistics = [keras.ops.convert_to_numpy(each) for each in self.model.non_trainable_weights]
+        self.seen.append(
+            hashlib.sha256(b"".join(np.ascontiguousarray(each).tobytes() for each in statistics)).hexdigest()
+        )
+        resynced = self.model.optimizer.counters()["resynced"]
+        if resynced > self._resynced:
+            self.taken_over.append(self.seen[-1])
+        self._resynced = resynced
+
+
+@case
+def beyond_the_journal() -> dict[str, Any]:
+    """A rank that is away for more updates than are kept takes over another one's weights, statistics and optimizer."""
+    keras.utils.set_random_seed(3)
+    layers = [keras.Input((6,)), keras.layers.Dense(16), keras.layers.BatchNormalization(), keras.layers.Dense(3)]
+    trained = keras.Sequential(layers)
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.9)), backup_workers=1, max_lag=2
+    )
+    trained.compile(optimizer=optimizer, loss="mse")
+    away = AwayForLong()
+    followed = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.FollowCallback()]
+    trained.fit(shard(), epochs=3, verbose=0, callbacks=[*followed, hvd.callbacks.MetricAverageCallback(), away])
+    sha = hashlib.sha256()
+    for variable in [*trained.trainable_variables, *optimizer.variables]:
+        sha.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).tobytes())
+    return {
+        "digest": sha.hexdigest(),
+        "step": optimizer.global_step,
+        "counters": optimizer.counters(),
+        "seen": away.seen,
+        "taken_over": away.taken_over,
+    }
+
+
 def watched(optimizer: Any) -> list[Any]:
     """Of each update that the optimizer will apply: its step, its contributors, the mean of their metric `rank`."""
     seen: list[Any] = []

@@ -86,7 +86,7 @@ def test_a_variable_set_to_nothing_counts_as_not_set() -> None:
         ("HVD_BACKUP_MAX_STALENESS", "1", "only dropped or carried"),
         ("HVD_BACKUP_LATE", "keep", '"drop" or "carry"'),
         ("HVD_BACKUP_MAX_LAG", "0", 'an integer >= 1, or "auto"'),
-        ("HVD_BACKUP_ON_MAX_LAG", "resync", "not there yet"),
+        ("HVD_BACKUP_ON_MAX_LAG", "skip", '"resync" or "wait"'),
         ("HVD_BACKUP_SCOPE", "layer", '"step" or "bucket"'),
         ("HVD_BACKUP_ARRIVE", "middle", '"first" or "last"'),
         ("HVD_BACKUP_BUCKET_BYTES", "64MB", '"25MiB"'),

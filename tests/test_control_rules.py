@@ -130,7 +130,7 @@ def test_a_rank_left_out_max_misses_times_in_a_row_is_waited_for() -> None:
     assert talk.arrive(1, 2) == []
     talk.say(2, "Sync", have=0)
     assert talk.say(2, "Sync", have=2) == [
-        (2, {"channel": 0, "outlook": {"round_end": -1, "all_have": 2}, "message": "Resume"})
+        (2, {"channel": 0, "outlook": {"round_end": -1, "all_have": 2, "beyond": False}, "message": "Resume"})
     ]
     assert list(decisions(talk.arrive(2, 2))) == [0, 1, 2]
     talk.arrive(0, 3)
@@ -231,13 +231,14 @@ def test_a_followed_round_ends_after_the_longest_length() -> None:
     talk.follow(1, 2)
     talk.final(0, 0, 1)
     assert talk.say(0, "Sync", have=1) == [
-        (0, {"channel": 0, "outlook": {"round_end": 2, "all_have": 0}, "message": "Resume"})
+        (0, {"channel": 0, "outlook": {"round_end": 2, "all_have": 0, "beyond": False}, "message": "Resume"})
     ]
     talk.say(0, "Away")
     assert list(decisions(talk.arrive(1, 1))) == [1]
     assert told(talk.say(1, "Done", step=1)) == []
     over = talk.say(1, "Sync", have=2)
-    assert over == [(1, {"channel": 0, "round": 0, "outlook": {"round_end": 2, "all_have": 1}, "message": "Over"})]
+    outlook = {"round_end": 2, "all_have": 1, "beyond": False}
+    assert over == [(1, {"channel": 0, "round": 0, "end": 2, "outlook": outlook, "message": "Over"})]
     assert told(talk.say(0, "Sync", have=1)) == [(0, "History")]
     assert told(talk.say(0, "Sync", have=2)) == [(0, "Over")]
     assert [record["step"] for record in talk.recorded("round_over")] == [2]

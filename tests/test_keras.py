@@ -63,6 +63,18 @@ def test_i1_weights_and_optimizer_are_equal_under_delays(keras_results: Results,
     one_history(of(keras_results, name))
 
 
+def test_a_rank_beyond_the_journal_takes_over_the_state_of_another_one(keras_results: Results) -> None:
+    values = of(keras_results, "beyond_the_journal")
+    assert len(digests(values)) == 1
+    assert {value["step"] for value in values} == {3 * EPOCH}
+    *others, late = values
+    counters = late["counters"]
+    assert counters["resynced"] > 2
+    assert counters["contributed"] + counters["caught_up"] + counters["resynced"] == 3 * EPOCH
+    known = {bits for value in others for bits in value["seen"]}
+    assert late["taken_over"] and set(late["taken_over"]) <= known
+
+
 @pytest.mark.parametrize("name", FOLLOWED_IN_GRAPHS)
 def test_i1_in_other_ways_of_tensorflow(tensorflow_results: Results, name: str) -> None:
     one_history(of(tensorflow_results, name))

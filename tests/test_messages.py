@@ -18,9 +18,10 @@ number = st.floats(allow_nan=False)
 text = st.binary(max_size=40).map(lambda data: data.decode("utf-8", "surrogateescape"))  # any bytes
 ranks = st.lists(int32, max_size=5)
 options = st.fixed_dictionaries(
-    {"required": int32, "grace_us": int64, "max_misses": int32, "max_lag": int64, "automatic": st.booleans()}
+    {"required": int32, "grace_us": int64, "max_misses": int32, "max_lag": int64}
+    | dict.fromkeys(("automatic", "resync"), st.booleans())
 )
-outlook = st.fixed_dictionaries({"round_end": int64, "all_have": int64})
+outlook = st.fixed_dictionaries({"round_end": int64, "all_have": int64, "beyond": st.booleans()})
 past = st.fixed_dictionaries(
     {"step": int64, "contributors": st.lists(ranks, max_size=3), "samples": number, "required": int32, "metadata": text}
 )
@@ -58,7 +59,9 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "Kept": place,
     "Progress": place
     | {"attempt": int32, "unsubmitted": int32, "contributions_missing": ranks, "results_missing": ranks},
-    "Sync": {"channel": unsigned, "have": int64, "round": int32},
+    "Sync": {"channel": unsigned, "have": int64, "round": int32, "lost": st.booleans()},
+    "Offered": {"channel": unsigned, "step": int64, "bytes": int64},
+    "StateLost": {"channel": unsigned, "server": int32, "step": int64},
     "BeginRound": {"channel": unsigned, "round": int32, "length": int64, "align_every": int64},
     "Away": {"channel": unsigned, "round": int32},
     "Leave": {"channel": unsigned, "round": int32},
@@ -85,12 +88,25 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "Late": place | {"newest": int64, "outlook": outlook},
     "History": {"channel": unsigned, "updates": st.lists(past, max_size=3), "outlook": outlook},
     "Resume": {"channel": unsigned, "outlook": outlook},
-    "Over": {"channel": unsigned, "round": int32, "outlook": outlook},
+    "Over": {"channel": unsigned, "round": int32, "end": int64, "outlook": outlook},
+    "Offer": {"channel": unsigned},
+    "Dismiss": {"channel": unsigned, "step": int64},
+    "Resync": {
+        "channel": unsigned,
+        "server": int32,
+        "step": int64,
+        "bytes": int64,
+        "contributed": st.booleans(),
+        "instead": st.booleans(),
+        "outlook": outlook,
+    },
     "Joined": {"last": int32},
     "Lost": {"rank": int32},
     "AllGone": {},
     "Pull": pull,
-    "Refused": {"pull": st.fixed_dictionaries(pull)},
+    "Refused": {"pull": st.fixed_dictionaries(pull), "forgotten": st.booleans()},
+    "PullState": {"channel": unsigned, "step": int64, "begin": int64, "bytes": int64, "tag": int64},
+    "NoState": {"channel": unsigned, "step": int64},
 }
 any_message = st.sampled_from(sorted(FIELDS)).flatmap(
     lambda kind: st.fixed_dictionaries(FIELDS[kind]).map(lambda fields: (kind, fields))

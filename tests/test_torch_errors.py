@@ -31,7 +31,7 @@ def test_what_the_constructor_refuses() -> None:
         ({"scope": "layer"}, 'scope=.layer.*"step" or "bucket"'),
         ({"late": "keep"}, '"drop" or "carry"'),
         ({"max_staleness": 3}, "max_staleness=3"),
-        ({"on_max_lag": "resync"}, "resync"),
+        ({"on_max_lag": "skip"}, '"resync" or "wait"'),
         ({"compression": "fp16"}, "compression='fp16'.*Compression.fp16"),
         ({"compression": hvd.Compression.fp16, "gradient_as_bucket_view": True}, "leave one out"),
         ({"groups": -1}, "groups should be a non-negative integer"),

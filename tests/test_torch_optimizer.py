@@ -233,7 +233,7 @@ def test_metrics_samples_and_last_update() -> None:
         optimizer.samples = 9
     optimizer.step()
     assert optimizer.last_update.metrics["rank"] != optimizer.last_update.metrics["rank"]  # not given this time
-    assert optimizer.counters() == {"contributed": 5, "dropped": 0, "caught_up": 0}
+    assert optimizer.counters() == {"contributed": 5, "dropped": 0, "caught_up": 0, "resynced": 0}
 
 
 def late_at(steps: str, ms: int = 250) -> None:

@@ -273,4 +273,4 @@ def test_the_global_step_goes_on_from_a_checkpoint(framework: FakeFramework) -> 
     assert framework.training.step == 1 and framework.training.global_step == 100
     framework.step()
     assert framework.training.global_step == 101
-    assert framework.training.counters() == {"contributed": 7, "dropped": 2, "caught_up": 1}
+    assert framework.training.counters() == {"contributed": 7, "dropped": 2, "caught_up": 1, "resynced": 0}

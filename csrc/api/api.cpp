@@ -199,7 +199,8 @@ hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_c
     own.kind = spec->kind == HVDB_COLLECTIVE ? ChannelKind::collective : ChannelKind::training;
     own.description = text(spec->description);
     own.proposal = blob(spec->proposal, spec->proposal_size);
-    own.options = {spec->required, spec->grace_us, spec->max_misses, spec->max_lag, spec->automatic != 0};
+    own.options = {spec->required, spec->grace_us,       spec->max_misses,
+                   spec->max_lag,  spec->automatic != 0, spec->resync != 0};
     own.arrive_first = spec->arrive_first != 0;
     own.drop_nonfinite = spec->drop_nonfinite != 0;
     own.wait_for_all = spec->wait_for_all != 0;
@@ -309,6 +310,24 @@ hvdb_status hvdb_leave(hvdb_channel* channel) {
   });
 }
 
+hvdb_status hvdb_offer_state(hvdb_channel* channel, int parts, const void* const* data, const uint64_t* sizes) {
+  return guarded([&] {
+    std::vector<std::span<const std::byte>> all;
+    for (int i = 0; i < parts; ++i) all.emplace_back(static_cast<const std::byte*>(data[i]), sizes[i]);
+    channel->engine->offer_state(*channel->channel, all);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_state(hvdb_channel* channel, const void** data, uint64_t* size) {
+  return guarded([&] {
+    const auto state = channel->engine->state_taken_over(*channel->channel);
+    *data = state.data();
+    *size = state.size();
+    return HVDB_OK;
+  });
+}
+
 hvdb_status hvdb_announce_waiting(hvdb_channel* channel) {
   return guarded([&] {
     channel->engine->announce_waiting(*channel->channel);
@@ -329,7 +348,11 @@ hvdb_status hvdb_view(hvdb_channel* channel, hvdb_channel_view* view) {
              own.counters.contributed,
              own.counters.dropped,
              own.counters.caught_up,
-             own.journal_bytes};
+             own.counters.resynced,
+             own.journal_bytes,
+             own.round_start,
+             channel->engine->state_wanted(*channel->channel, false) ? 1 : 0,
+             channel->engine->state_wanted(*channel->channel, true) ? 1 : 0};
     return HVDB_OK;
   });
 }
@@ -342,6 +365,10 @@ hvdb_update_kind hvdb_update_get_kind(const hvdb_update* update) {
       return HVDB_RESUME;
     case Update::Kind::over:
       return HVDB_OVER;
+    case Update::Kind::offer:
+      return HVDB_OFFER;
+    case Update::Kind::resync:
+      return HVDB_RESYNC;
   }
   return HVDB_OVER;
 }

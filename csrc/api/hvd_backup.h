@@ -106,6 +106,7 @@ typedef struct {
   int64_t grace_us;   /* who comes within this time after the N-th still counts */
   int max_misses;     /* a rank left out so many times in a row is waited for; 0: off */
   int64_t max_lag;    /* updates that the journal holds for ranks that are behind */
+  int resync;         /* beyond that a rank takes over the state of another one; otherwise the others wait for it */
   int automatic;      /* N is chosen from step to step (gradient noise, computing times), never below `required` */
   int arrive_first;   /* arrive with the first bucket of a scope that is ready; otherwise with the last */
   int drop_nonfinite; /* gradients (hvdb_measure) with NaN or infinity count as late; not with arrive_first */
@@ -142,6 +143,12 @@ hvdb_status hvdb_commit(hvdb_channel* channel);
 hvdb_status hvdb_begin_round(hvdb_channel* channel, int64_t length, int64_t align_every);
 hvdb_status hvdb_away(hvdb_channel* channel);
 hvdb_status hvdb_leave(hvdb_channel* channel);
+/* Between two updates of this channel: keeps a copy of this rank's state, which is these parts one after the other, for
+ * ranks beyond the journal. To be called after hvdb_wait has given HVDB_OFFER, for each channel of this thread of whose
+ * hvdb_view says that it is wanted. */
+hvdb_status hvdb_offer_state(hvdb_channel* channel, int parts, const void* const* data, const uint64_t* sizes);
+/* After hvdb_wait has given HVDB_RESYNC: what another rank has offered; valid until the next hvdb_wait. */
+hvdb_status hvdb_state(hvdb_channel* channel, const void** data, uint64_t* size);
 /* HVDB_OK: the buffers of this channel are not touched any more. */
 hvdb_status hvdb_close(hvdb_channel* channel, int64_t timeout_us);
 
@@ -149,14 +156,20 @@ typedef struct {
   int64_t step;      /* updates taken */
   int64_t round_end; /* -1: not known */
   int round_over;
-  int64_t contributed, dropped, caught_up; /* updates so far */
+  int64_t contributed, dropped, caught_up, resynced; /* updates so far */
   uint64_t journal_bytes;
+  int64_t round_start;      /* the step at which this rank's round has begun */
+  int state_wanted;         /* this rank's state: see hvdb_offer_state */
+  int state_wanted_at_exit; /* the same, if this rank leaves for good now */
 } hvdb_channel_view;
 hvdb_status hvdb_view(hvdb_channel* channel, hvdb_channel_view* view);
 
 /* --- updates --- */
 
-typedef enum { HVDB_UPDATE = 0, HVDB_RESUME = 1, HVDB_OVER = 2 } hvdb_update_kind;
+/* HVDB_OFFER: nothing has changed, but the state of this rank is wanted, see hvdb_offer_state; call hvdb_wait again.
+ * HVDB_RESYNC: this rank is beyond the journal, and hvdb_state gives what to take over; then hvdb_update_step updates
+ * are applied; call hvdb_wait again. Both only with hvdb_channel_spec.resync. */
+typedef enum { HVDB_UPDATE = 0, HVDB_RESUME = 1, HVDB_OVER = 2, HVDB_OFFER = 3, HVDB_RESYNC = 4 } hvdb_update_kind;
 hvdb_update_kind hvdb_update_get_kind(const hvdb_update* update);
 int64_t hvdb_update_step(const hvdb_update* update);
 int hvdb_update_contributed(const hvdb_update* update);

@@ -119,7 +119,7 @@ std::unique_ptr<PyChannel> open_channel(const std::shared_ptr<PyEngine>& self, c
                                         const std::string& kind, const std::string& description, nb::bytes proposal,
                                         int required, int64_t grace_us, int max_misses, int64_t max_lag,
                                         const std::string& arrive, bool wait_for_all, bool average, bool automatic,
-                                        bool drop_nonfinite) {
+                                        bool drop_nonfinite, bool resync) {
   if (kind != "training" && kind != "collective") {
     throw CoreUsageError("kind '" + kind + "' is not known: use 'training' or 'collective'");
   }
@@ -137,6 +137,7 @@ std::unique_ptr<PyChannel> open_channel(const std::shared_ptr<PyEngine>& self, c
   spec.max_misses = max_misses;
   spec.max_lag = max_lag;
   spec.automatic = automatic;
+  spec.resync = resync;
   spec.arrive_first = arrive == "first";
   spec.drop_nonfinite = drop_nonfinite;
   spec.wait_for_all = wait_for_all;
@@ -176,6 +177,24 @@ std::unique_ptr<PyUpdate> wait(PyChannel& self) {
   return std::make_unique<PyUpdate>(update);
 }
 
+void offer_state(PyChannel& self, const std::vector<std::pair<std::uintptr_t, uint64_t>>& parts) {
+  std::vector<const void*> data;
+  std::vector<uint64_t> sizes;
+  for (const auto& [address, size] : parts) {
+    data.push_back(pointer<const void>(address));
+    sizes.push_back(size);
+  }
+  const nb::gil_scoped_release release;
+  check(hvdb_offer_state(self.channel, static_cast<int>(parts.size()), data.data(), sizes.data()));
+}
+
+std::pair<std::uintptr_t, uint64_t> state(PyChannel& self) {
+  const void* data = nullptr;
+  uint64_t size = 0;
+  check(hvdb_state(self.channel, &data, &size));
+  return {reinterpret_cast<std::uintptr_t>(data), size};
+}
+
 bool poll(PyChannel& self) {
   const hvdb_status status = hvdb_wait(self.channel, 0, nullptr);
   if (status == HVDB_TIMEOUT) return false;
@@ -201,6 +220,10 @@ const char* kind_name(const PyUpdate& self) {
       return "resume";
     case HVDB_OVER:
       return "over";
+    case HVDB_OFFER:
+      return "offer";
+    case HVDB_RESYNC:
+      return "resync";
   }
   return "over";
 }
@@ -301,7 +324,7 @@ NB_MODULE(_core, m) {
       .def("open", &open_channel, nb::arg("name"), nb::arg("kind"), nb::arg("description"), nb::arg("proposal"),
            nb::arg("required"), nb::arg("grace_us") = 0, nb::arg("max_misses") = 0, nb::arg("max_lag") = 64,
            nb::arg("arrive") = "first", nb::arg("wait_for_all") = false, nb::arg("average") = true,
-           nb::arg("automatic") = false, nb::arg("drop_nonfinite") = false)
+           nb::arg("automatic") = false, nb::arg("drop_nonfinite") = false, nb::arg("resync") = false)
       .def(
           "replay_channel",
           [](PyEngine& self, const std::string& channel, const std::string& description) {
@@ -355,6 +378,11 @@ NB_MODULE(_core, m) {
                      const int64_t end = self.view().round_end;
                      return end < 0 ? std::nullopt : std::optional(end);
                    })
+      .def_prop_ro("round_start", [](const PyChannel& self) { return self.view().round_start; })
+      .def_prop_ro("state_wanted", [](const PyChannel& self) { return self.view().state_wanted != 0; })
+      .def_prop_ro("state_wanted_at_exit", [](const PyChannel& self) { return self.view().state_wanted_at_exit != 0; })
+      .def("offer_state", &offer_state, nb::arg("parts"))
+      .def("state", &state)
       .def_prop_ro("round_over", [](const PyChannel& self) { return self.view().round_over != 0; })
       .def(
           "begin",
@@ -388,6 +416,7 @@ NB_MODULE(_core, m) {
              counters["contributed"] = view.contributed;
              counters["dropped"] = view.dropped;
              counters["caught_up"] = view.caught_up;
+             counters["resynced"] = view.resynced;
              return counters;
            })
       .def("journal_bytes", [](const PyChannel& self) { return self.view().journal_bytes; });

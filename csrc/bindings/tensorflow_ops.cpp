@@ -28,7 +28,7 @@ constexpr char stream_is_gone[] =
 absl::Status failure(const std::string& reason) { return absl::AbortedError("hvd_backup: " + reason); }
 
 // The kinds of HvdBackupNextUpdate, as hvd_backup/keras/tensorflow_updates.py knows them.
-enum Kind : std::int32_t { nothing = 0, missed = 1, own = 2 };
+enum Kind : std::int32_t { nothing = 0, missed = 1, own = 2, offer = 3, resync = 4 };
 
 class Submit : public tf::OpKernel {
  public:
@@ -93,7 +93,10 @@ class NextUpdate : public tf::AsyncOpKernel {
     tf::Tensor* kind = nullptr;
     TF_RETURN_IF_ERROR(context->allocate_output(0, {}, &kind));
     const bool update = outcome.kind == HVDB_UPDATE;
-    kind->scalar<std::int32_t>()() = !update ? nothing : outcome.contributed ? own : missed;
+    kind->scalar<std::int32_t>()() = update                        ? (outcome.contributed ? own : missed)
+                                     : outcome.kind == HVDB_OFFER  ? offer
+                                     : outcome.kind == HVDB_RESYNC ? resync
+                                                                   : nothing;
     tf::Tensor* hyperparameters = nullptr;
     const auto count = static_cast<std::int64_t>(outcome.hyperparameters.size());
     TF_RETURN_IF_ERROR(context->allocate_output(1, {count}, &hyperparameters));
@@ -208,7 +211,9 @@ REGISTER_OP("HvdBackupNextUpdate")
       }
       return absl::OkStatus();
     })
-    .Doc("The next update of hvd_backup: kind 0: nothing to apply, 1: one that this rank has missed, 2: its own.");
+    .Doc(
+        "The next update of hvd_backup: kind 0: nothing to apply, 1: one that this rank has missed, 2: its own; \n"
+        "3: the state of this rank is wanted, 4: that of another one is to be taken over.");
 
 REGISTER_OP("HvdBackupFirstN")
     .Input("tensors: dtypes")

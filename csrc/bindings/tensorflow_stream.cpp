@@ -114,7 +114,10 @@ void Stream::run() {
     {
       const std::scoped_lock lock(mutex_);
       busy_ = false;
-      if (outcome.error.empty() && !outcome.given_up) {
+      if (outcome.kind == HVDB_RESYNC) begun_ = false;  // what was contributed has been dropped
+      const bool is_between = outcome.kind == HVDB_OFFER || outcome.kind == HVDB_RESYNC;
+      if (is_between) kind_ = outcome.kind == HVDB_OFFER ? "offer" : "resync";
+      if (outcome.error.empty() && !outcome.given_up && !is_between) {
         const bool missed = outcome.kind == HVDB_UPDATE && !outcome.contributed;
         caught_up_ += missed ? 1 : 0;
         kind_ = outcome.kind == HVDB_UPDATE ? "update" : outcome.kind == HVDB_OVER ? "over" : "resume";

@@ -44,7 +44,11 @@ template <>
 constexpr const char* field_names<Progress> =
     "Progress channel step scope attempt unsubmitted contributions_missing results_missing";
 template <>
-constexpr const char* field_names<Sync> = "Sync channel have round";
+constexpr const char* field_names<Sync> = "Sync channel have round lost";
+template <>
+constexpr const char* field_names<Offered> = "Offered channel step bytes";
+template <>
+constexpr const char* field_names<StateLost> = "StateLost channel server step";
 template <>
 constexpr const char* field_names<BeginRound> = "BeginRound channel round length align_every";
 template <>
@@ -75,7 +79,13 @@ constexpr const char* field_names<History> = "History channel updates outlook";
 template <>
 constexpr const char* field_names<Resume> = "Resume channel outlook";
 template <>
-constexpr const char* field_names<Over> = "Over channel round outlook";
+constexpr const char* field_names<Over> = "Over channel round end outlook";
+template <>
+constexpr const char* field_names<Offer> = "Offer channel";
+template <>
+constexpr const char* field_names<Dismiss> = "Dismiss channel step";
+template <>
+constexpr const char* field_names<Resync> = "Resync channel server step bytes contributed instead outlook";
 template <>
 constexpr const char* field_names<Joined> = "Joined last";
 template <>
@@ -85,13 +95,18 @@ constexpr const char* field_names<AllGone> = "AllGone";
 template <>
 constexpr const char* field_names<Pull> = "Pull channel step bucket shard tag";
 template <>
-constexpr const char* field_names<Refused> = "Refused pull";
+constexpr const char* field_names<Refused> = "Refused pull forgotten";
 template <>
-constexpr const char* field_names<ChannelOptions> = "ChannelOptions required grace_us max_misses max_lag automatic";
+constexpr const char* field_names<PullState> = "PullState channel step begin bytes tag";
+template <>
+constexpr const char* field_names<NoState> = "NoState channel step";
+template <>
+constexpr const char* field_names<ChannelOptions> =
+    "ChannelOptions required grace_us max_misses max_lag automatic resync";
 template <>
 constexpr const char* field_names<Squares> = "Squares contributions mean";
 template <>
-constexpr const char* field_names<Outlook> = "Outlook round_end all_have";
+constexpr const char* field_names<Outlook> = "Outlook round_end all_have beyond";
 template <>
 constexpr const char* field_names<PastUpdate> = "PastUpdate step contributors samples required metadata";
 
@@ -250,7 +265,7 @@ nb::dict describe_record(const Record& record) {
 }
 
 nb::dict describe_update(const Update& update) {
-  constexpr const char* kinds[] = {"update", "resume", "over"};
+  constexpr const char* kinds[] = {"update", "resume", "over", "offer", "resync"};
   nb::dict out;
   out["kind"] = kinds[static_cast<int>(update.kind)];
   out["step"] = update.step;
@@ -399,6 +414,12 @@ void register_coordinator(nb::module_& module) {
       .def("take_records", [](Coordinator& self) { return list_of(self.take_records(), describe_record); });
 }
 
+Resync from_dict(const nb::dict& fields) {
+  Resync resync;
+  from_python(fields, resync);
+  return resync;
+}
+
 void register_member(nb::module_& module) {
   nb::class_<Member>(module, "Member")
       .def(
@@ -438,6 +459,7 @@ void register_member(nb::module_& module) {
              out["contributed"] = counters.contributed;
              out["dropped"] = counters.dropped;
              out["caught_up"] = counters.caught_up;
+             out["resynced"] = counters.resynced;
              return out;
            })
       .def("receive", &receive, "message"_a)
@@ -450,7 +472,18 @@ void register_member(nb::module_& module) {
       .def("fetched", &Member::fetched, "step"_a)
       .def("take_messages", [](Member& self) { return list_of(self.take_messages(), to_bytes); })
       .def("take_reductions", [](Member& self) { return list_of(self.take_reductions(), to_python<Decision>); })
-      .def("take_catch_up", &take_catch_up);
+      .def("take_catch_up", &take_catch_up)
+      .def_prop_ro("state_wanted", &Member::state_wanted)
+      .def_prop_ro("state_will_be_wanted", &Member::state_will_be_wanted)
+      .def_prop_ro("round_start", &Member::round_start)
+      .def("offer", &Member::offer, "bytes"_a)
+      .def("fetch_lost", &Member::fetch_lost, "step"_a)
+      .def(
+          "state_here", [](Member& self, const nb::dict& resync) { return self.state_here(from_dict(resync)); },
+          "resync"_a)
+      .def(
+          "state_lost", [](Member& self, const nb::dict& resync) { self.state_lost(from_dict(resync)); }, "resync"_a)
+      .def("take_resyncs", [](Member& self) { return list_of(self.take_resyncs(), to_python<Resync>); });
 }
 
 }  // namespace

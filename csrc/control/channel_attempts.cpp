@@ -36,6 +36,7 @@ void ChannelBook::begin_attempt(Slot& slot, const std::string& reason, TimeUs no
   decided.metadata = decision.metadata;
   out_.records.push_back(decided);
   for (int contributor : decision.contributors) {
+    if (is_meeting(decision.step + 1)) ask_early(contributor, now);
     Decision personal = decision;
     personal.outlook = outlook_for(contributor);
     out_.replies.push_back({contributor, personal});
@@ -235,8 +236,16 @@ bool ChannelBook::is_lost_to_somebody(Step step, const Ranks& contributors, bool
   return false;
 }
 
+bool ChannelBook::somebody_has(Step step) const {
+  for (int r = 0; r < size_; ++r) {
+    if (!gone_[static_cast<std::size_t>(r)] && has(r) > step) return true;
+  }
+  return false;
+}
+
 std::optional<Step> ChannelBook::unrecoverable() const {
   for (const PastUpdate& update : history_) {
+    if (resyncs() && somebody_has(update.step)) continue;  // whose state the others take over
     for (std::size_t scope = 0; scope < update.contributors.size(); ++scope) {
       const bool kept_whole = kept_whole_.contains({update.step, static_cast<int>(scope)});
       if (is_lost_to_somebody(update.step, update.contributors[scope], kept_whole)) return update.step;

@@ -59,10 +59,13 @@ Step ChannelBook::all_have() const {
   return least;
 }
 
+// The updates before are wanted by nobody any more: all have them, or take over the state of another rank.
+Step ChannelBook::all_wanted() const { return std::max(all_have(), kept_from_); }
+
 Outlook ChannelBook::outlook_for(int rank) const {
   const int round = ranks_[static_cast<std::size_t>(rank)].round;
   const Step end = rounds_.is_over(round) ? rounds_.end_of(round) : rounds_.planned_end(gone_).value_or(-1);
-  return {end, all_have()};
+  return {end, all_wanted(), resyncs() && anybody_beyond()};
 }
 
 // Ranks with align_every meet at its multiples, and begin the round together: one that began later would reach the
@@ -74,6 +77,7 @@ bool ChannelBook::is_meeting(Step step) const {
 
 // All ranks are to meet at the open step, and not all are there.
 bool ChannelBook::meeting_pending() const {
+  if (resyncs() && open_step_ == rounds_.start() && rounds_.ended_in_meeting() && all_have() < open_step_) return true;
   if (!is_meeting(open_step_)) return false;
   if (all_have() < open_step_) return true;
   for (int r = 0; r < size_; ++r) {
@@ -85,6 +89,7 @@ bool ChannelBook::meeting_pending() const {
 // Why the open step may not be decided yet although enough have arrived; empty: it may.
 std::optional<std::string> ChannelBook::held(TimeUs now) {
   if (meeting_pending()) return "the ranks meet at step " + std::to_string(open_step_);
+  if (resyncs()) return held_for_returning(now);
   const Step least = all_have();
   if (open_step_ + 1 - least <= options_.max_lag) {
     held_reason_.clear();
@@ -112,6 +117,7 @@ void ChannelBook::settle(TimeUs now) {
     while (watch_attempts(now) || close_round_if_ended(now) || decide_what_can(now)) {
     }
     finish_steps(now);
+    look_after_states(now);
   }
   for (int r = 0; r < size_; ++r) answer(r, now);
   if (failure_.empty()) watch_stall(now);
@@ -264,6 +270,7 @@ void ChannelBook::choose_required(TimeUs now) {
 }
 
 void ChannelBook::decide(int scope, Slot& slot, const std::string& reason, TimeUs now) {
+  move_journal(now);
   Decision decision;
   decision.channel = id_;
   decision.step = open_step_;
@@ -331,6 +338,12 @@ void ChannelBook::finish_steps(TimeUs now) {
       finished.squares += slot.squares;
       for (const auto& [rank, at] : slot.attempt.done()) done[rank] = std::max(done[rank], at);
     }
+    for (int r = 0; r < size_; ++r) {
+      const bool in_all = std::all_of(update.contributors.begin(), update.contributors.end(), [r](const Ranks& ranks) {
+        return std::binary_search(ranks.begin(), ranks.end(), r);
+      });
+      if (in_all) ranks_[static_cast<std::size_t>(r)].contributed_to = final_;
+    }
     for (const auto& [rank, at] : done) {
       finished.ranks.push_back(rank);
       finished.arrivals.push_back(at);
@@ -344,7 +357,7 @@ void ChannelBook::finish_steps(TimeUs now) {
     history_.push_back(std::move(update));
     ++final_;
     if (final_ == open_step_) opened_at_ = now;
-    const Step least = all_have();
+    const Step least = all_wanted();
     while (!history_.empty() && history_first_ < least) {
       history_.pop_front();
       ++history_first_;
@@ -387,12 +400,17 @@ void ChannelBook::answer(int to, TimeUs now) {
   } else if (rounds_.is_over(round)) {
     limit = rounds_.end_of(round);
     if (have >= limit) {
-      reply(Over{0, round, {}});
+      ask_early(to, now);
+      reply(Over{0, round, limit, {}});
       rank.round = round + 1;
       return;
     }
   } else if (rounds_.followed() && rounds_.align_every() > 0) {
     limit = (have / rounds_.align_every() + 1) * rounds_.align_every();
+  }
+  if (needs_state(to)) {
+    if (auto resync = state_for(to, have, now)) reply(*resync);
+    return;
   }
   if (script_ && kind_ == ChannelKind::training) {
     const Step next = script_->next_step_of(to, have).value_or(limit);
@@ -404,6 +422,10 @@ void ChannelBook::answer(int to, TimeUs now) {
   }
   const Step upto = std::min({final_, limit, have + updates_per_page});
   if (have < upto) {
+    if (have < history_first_) {
+      throw RuntimeFailure("malformed message: rank " + std::to_string(to) + " asks for update " +
+                           std::to_string(have) + ", but has said since that it has it");
+    }
     History history;
     for (Step step = have; step < upto; ++step) {
       history.updates.push_back(history_[static_cast<std::size_t>(step - history_first_)]);

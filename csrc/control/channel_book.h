@@ -20,6 +20,7 @@
 #include "control/rounds.h"
 #include "control/script.h"
 #include "control/stall_check.h"
+#include "control/state_offers.h"
 
 namespace hvd_backup {
 
@@ -63,6 +64,8 @@ class ChannelBook {
   void kept(int from, const Kept& message, TimeUs now);
   void progress(int from, const Progress& message, TimeUs now);
   void sync(int from, const Sync& message, TimeUs now);
+  void offered(int from, const Offered& message, TimeUs now);
+  void state_lost(int from, const StateLost& message, TimeUs now);
   void begin_round(int from, const BeginRound& message, TimeUs now);
   void away(int from, const Away& message, TimeUs now);
   void leave(int from, int round, TimeUs now);
@@ -84,7 +87,7 @@ class ChannelBook {
   void turn_away(int rank, TimeUs now);
   void fail(const std::string& reason, TimeUs now);  // on all ranks, for good
   Step open_step() const { return open_step_; }
-  ChannelFacts facts() const { return {open_step_, history_first_, rounds_.current()}; }
+  ChannelFacts facts() const { return {open_step_, resyncs() ? 0 : history_first_, rounds_.current()}; }
   bool anybody_waits() const;
 
   void tick(TimeUs now);
@@ -103,6 +106,10 @@ class ChannelBook {
     Step applied = 0;          // at least; acknowledged by asking for more
     Step reached = 0;          // at least; it has the results of all steps before
     Step arrived = -1;         // the last step that it has arrived at
+    Step taken_over = -1;      // the step of the state that it has taken over last
+    TimeUs given_at = 0;       // when it was told of that
+    TimeUs taking_us = 0;      // and how long it took
+    Step contributed_to = -1;  // the newest final update that holds its gradient, in all scopes
     bool meets = false;        // its program is to see this very step, where all meet
     int round = 0;
     int joined_in = -1;                 // the newest round in which it had joined
@@ -130,6 +137,12 @@ class ChannelBook {
     bool is_short = false;  // it is given up, but too few are there for another one
     bool is_final = false;  // this attempt has made the update
   };
+  // A rank that takes over a state for the second time in a row: the first one was out of the journal when it came.
+  struct Returning {
+    int rank = 0;
+    Step from = 0;     // what the journals keep for it
+    TimeUs until = 0;  // and the others wait, if need be
+  };
   using SlotKey = std::pair<Step, int>;
 
   // Late ranks may be left out, so a contributor may be replaced; a collective of all ranks is one of the survivors.
@@ -143,6 +156,7 @@ class ChannelBook {
   Outlook outlook_for(int rank) const;
   RankState& heard(int from, Step applied, int round);
   Step all_have() const;
+  Step all_wanted() const;
   std::optional<std::string> held(TimeUs now);
   bool is_meeting(Step step) const;
   bool meeting_pending() const;
@@ -168,8 +182,24 @@ class ChannelBook {
   bool contributes(int rank, Step step) const;
   bool lacks(Step step, int rank) const;
   void reopen_if_nobody_has_it(Slot& slot, TimeUs now);
+  bool somebody_has(Step step) const;
   bool is_lost_to_somebody(Step step, const Ranks& contributors, bool kept_whole) const;
   std::optional<Step> unrecoverable() const;
+  bool resyncs() const;
+  Step has(int rank) const;
+  bool is_beyond(int rank) const;
+  bool anybody_beyond() const;
+  void move_journal(TimeUs now);
+  bool needs_state(int rank) const;
+  Step needed_from(int rank) const;
+  std::optional<Resync> state_for(int rank, Step have, TimeUs now);
+  std::optional<std::string> held_for_returning(TimeUs now);
+  void look_after_states(TimeUs now);
+  void ask_for(int taker, TimeUs now);
+  void ask(int server, TimeUs now);
+  void ask_early(int rank, TimeUs now);
+  std::optional<int> next_server(int taker) const;
+  void note_taken(int rank, Step have, TimeUs now);
   void advance_open_step(TimeUs now);
   void finish_steps(TimeUs now);
   void answer(int rank, TimeUs now);
@@ -209,6 +239,10 @@ class ChannelBook {
   std::deque<PastUpdate> history_;  // steps [history_first_, final_)
   std::set<SlotKey> kept_whole_;    // of these: every keeper has all shards
   Step history_first_ = 0;
+  Step kept_from_ = 0;  // the journals hold what comes from here on: what was before has fallen out
+  StateOffers offers_;
+  std::optional<Returning> returning_;
+  TransferTime copy_time_;  // from Offer to Offered
   TimeUs opened_at_ = 0;
   TimeUs typical_us_ = 0;
   TimeUs last_opened_at_ = 0;  // of the step before the open one

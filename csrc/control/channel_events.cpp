@@ -268,6 +268,7 @@ void ChannelBook::progress(int from, const Progress& message, TimeUs now) {
 }
 
 void ChannelBook::sync(int from, const Sync& message, TimeUs now) {
+  note_taken(from, message.have, now);
   RankState& rank = heard(from, message.have, message.round);
   rank.waiting = message;
   if (!rank.away && !rounds_.is_over(message.round) && message.have > rounds_.start() && is_meeting(message.have) &&
@@ -318,6 +319,7 @@ void ChannelBook::gone(int from, const std::string& failure, TimeUs now) {
   RankState& rank = ranks_[static_cast<std::size_t>(from)];
   gone_[static_cast<std::size_t>(from)] = true;
   rank.waiting.reset();
+  offers_.taken(from, -1);
   rank.failure = failure;
   Record gone = record(rank.lost ? Record::Event::lost : Record::Event::gone, now);
   gone.ranks = {from};
@@ -364,6 +366,7 @@ void ChannelBook::lost(int from, TimeUs now) {
       drop_its_own(slot.arrivals);
     }
   }
+  offers_.died(from);
   if (gone_[static_cast<std::size_t>(from)]) {  // it had left, but still served the others
     settle(now);
   } else {

@@ -56,6 +56,10 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
           book(body.channel).progress(from, body, now);
         } else if constexpr (std::is_same_v<Body, Sync>) {
           book(body.channel).sync(from, body, now);
+        } else if constexpr (std::is_same_v<Body, Offered>) {
+          book(body.channel).offered(from, body, now);
+        } else if constexpr (std::is_same_v<Body, StateLost>) {
+          book(body.channel).state_lost(from, body, now);
         } else if constexpr (std::is_same_v<Body, BeginRound>) {
           book(body.channel).begin_round(from, body, now);
         } else if constexpr (std::is_same_v<Body, Away>) {

@@ -93,11 +93,11 @@ bool Member::next() {
       return true;
     }
   }
-  if (fetching_) return false;
+  if (fetching_ || resyncing_) return false;
   if (!pages_.empty()) return fetch_next_page_entry();
   if (!sync_sent_) {
     sync_sent_ = true;
-    messages_.push_back(Sync{id_, applied_, round_});
+    messages_.push_back(Sync{id_, applied_, round_, std::exchange(lost_, false)});
   }
   return false;
 }
@@ -161,11 +161,15 @@ Update Member::take() {
   if (update.kind == Update::Kind::update) {
     ++applied_;
     counters_.caught_up += update.contributed ? 0 : 1;
+  } else if (update.kind == Update::Kind::resync) {
+    counters_.resynced += update.step - applied_;
+    applied_ = update.step;
   }
   return update;
 }
 
 bool Member::is_in(const Update& update) const {
+  if (update.kind == Update::Kind::resync) return update.contributed;
   return update.kind == Update::Kind::update &&
          std::all_of(update.contributors.begin(), update.contributors.end(), [this](const Ranks& contributors) {
            return std::binary_search(contributors.begin(), contributors.end(), rank_);
@@ -286,7 +290,42 @@ void Member::receive(const Over& message) {
   over_ = !leaving_;
   leaving_ = false;
   round_ = message.round + 1;
+  round_start_ = message.end;
   ready_ = Update{Update::Kind::over, applied_, {}, false, 0, {}, 0};
+}
+
+void Member::receive(const Offer&) { state_wanted_ = true; }
+
+void Member::offer(std::int64_t bytes) {
+  state_wanted_ = false;
+  messages_.push_back(Offered{id_, applied_, bytes});
+}
+
+void Member::receive(const Resync& message) {
+  outlook_ = message.outlook;
+  if (message.instead && !resyncing_) return;  // what it was to replace has come after all
+  if (!message.instead) sync_sent_ = false;
+  if (message.step <= applied_) return;
+  resyncing_ = true;
+  resyncs_.push_back(message);
+}
+
+bool Member::state_here(const Resync& state) {
+  if (!resyncing_ || state.step <= applied_) return false;
+  resyncing_ = false;
+  ready_ = Update{Update::Kind::resync, state.step, {}, state.contributed, 0, {}, 0};
+  return true;
+}
+
+void Member::state_lost(const Resync& state) {
+  if (resyncing_) messages_.push_back(StateLost{id_, state.server, state.step});
+}
+
+void Member::fetch_lost(Step step) {
+  if (fetching_ != step) return;
+  fetching_.reset();
+  pages_.clear();
+  lost_ = true;
 }
 
 void Member::reduced(Step step, int scope_index, int attempt, const Squares& squares) {

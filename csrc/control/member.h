@@ -18,7 +18,9 @@
 namespace hvd_backup {
 
 struct Update {
-  enum class Kind { update, resume, over };
+  // offer: the coordinator wants the state of this rank, which is to be given now (Member::offer), or never for what it
+  // asks; nothing has changed. resync: the state of another rank has come: after it, `step` updates are applied.
+  enum class Kind { update, resume, over, offer, resync };
   Kind kind = Kind::resume;
   Step step = 0;
   std::vector<Ranks> contributors;  // of each scope
@@ -38,6 +40,7 @@ struct Counters {
   std::int64_t contributed = 0;
   std::int64_t dropped = 0;
   std::int64_t caught_up = 0;
+  std::int64_t resynced = 0;  // updates, of which it has taken over the outcome
 };
 
 class Member {
@@ -65,6 +68,11 @@ class Member {
   // Takes back what has arrived and will never be complete; also what is complete and not decided, if so wanted.
   void withdraw(bool also_complete);
   bool contributing_to_any() const;
+  // The coordinator has asked for this rank's state; or nobody has, but somebody will when this rank has left.
+  bool state_wanted() const { return state_wanted_; }
+  bool state_will_be_wanted() const { return outlook_.beyond; }
+  void offer(std::int64_t bytes);  // a copy of it, after step() updates, is kept until dismissed
+  Step round_start() const { return round_start_; }
 
   Step step() const { return applied_; }
   std::optional<Step> round_end() const;
@@ -83,15 +91,21 @@ class Member {
   void receive(const History& message);
   void receive(const Resume& message);
   void receive(const Over& message);
+  void receive(const Offer& message);
+  void receive(const Resync& message);
 
   // --- the engine's reports ---
   void reduced(Step step, int scope, int attempt, const Squares& squares = {});
   void fetched(Step step);
+  void fetch_lost(Step step);            // nobody keeps it
+  bool state_here(const Resync& state);  // false: it is not needed any more
+  void state_lost(const Resync& state);
 
   // --- what is to be done ---
   std::vector<Message> take_messages() { return std::exchange(messages_, {}); }
   std::vector<Decision> take_reductions() { return std::exchange(reductions_, {}); }
   std::optional<CatchUp> take_catch_up() { return std::exchange(catch_up_, std::nullopt); }
+  std::vector<Resync> take_resyncs() { return std::exchange(resyncs_, {}); }  // states to be pulled
 
  private:
   // voted: it has the whole result, but that may not be the update yet.
@@ -133,10 +147,15 @@ class Member {
   std::string metadata_;
 
   int round_ = 0;
+  Step round_start_ = 0;
   bool over_ = false;     // the round has ended, and this rank has not left it yet
   bool leaving_ = false;  // leave() was called, `over` has not come yet
 
   bool sync_sent_ = false;
+  bool lost_ = false;       // what it was told to fetch
+  bool resyncing_ = false;  // waits for the state of another rank
+  bool state_wanted_ = false;
+  std::vector<Resync> resyncs_;
   std::deque<PastUpdate> pages_;
   std::optional<Step> fetching_;
   std::optional<Update> ready_;

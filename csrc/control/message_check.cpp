@@ -41,6 +41,10 @@ void check_message(const Message& message, int size, const ChannelFacts& facts) 
           }
         } else if constexpr (std::is_same_v<Body, Sync>) {
           expect(facts.first_known, body.have, facts.open_step, "the number of updates");
+        } else if constexpr (std::is_same_v<Body, Offered>) {
+          expect(0, body.bytes, most_steps, "the size of a state");
+        } else if constexpr (std::is_same_v<Body, StateLost>) {
+          expect(0, body.server, size - 1, "a rank");
         } else if constexpr (std::is_same_v<Body, Progress>) {
           expect(0, body.unsubmitted, most_buckets, "the number of buckets");
           for (const int rank : body.contributions_missing) expect(0, rank, size - 1, "a rank");

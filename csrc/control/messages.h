@@ -2,10 +2,11 @@
 // answers: it sends to a rank only in reply to something that rank has sent (one Verdict for each Arrive, one reply
 // for each Sync and each Done), so nothing can pile up towards a rank that is stopped. The exceptions: Probe, of which
 // at most one for each attempt waits for its answer; Decision of a next attempt and Late, to contributors of one that
-// is given up; Failed, Lost (of each rank) and AllGone, sent at most once.
+// is given up; Offer, of which at most one waits for its Offered, and one Dismiss for each of those; Failed, Lost (of
+// each rank) and AllGone, sent at most once.
 //
 // Pull goes from a late rank to a rank that keeps a shard in its journal, and is answered by a transfer or by
-// Refused.
+// Refused; PullState likewise to a rank that has offered its state, answered by a transfer or by NoState.
 #pragma once
 
 #include <cstdint>
@@ -33,9 +34,10 @@ struct ChannelOptions {
   std::int32_t max_misses = 0;  // 0: off
   std::int64_t max_lag = 64;    // updates that the journal holds
   bool automatic = false;       // N is chosen from step to step, never below `required`
+  bool resync = false;          // a rank beyond the journal takes over another's state; otherwise the others wait
   template <class A>
   void fields(A& a) {
-    a(required), a(grace_us), a(max_misses), a(max_lag), a(automatic);
+    a(required), a(grace_us), a(max_misses), a(max_lag), a(automatic), a(resync);
   }
 };
 
@@ -149,14 +151,37 @@ struct Progress {
   }
 };
 
-// "I have applied `have` updates: what next?" Answered by History, Resume or Over, perhaps later.
+// "I have applied `have` updates: what next?" Answered by History, Resume, Resync or Over, perhaps later.
 struct Sync {
   ChannelId channel = 0;
   Step have = 0;
   std::int32_t round = 0;
+  bool lost = false;  // the next update is not kept by anybody any more
   template <class A>
   void fields(A& a) {
-    a(channel), a(have), a(round);
+    a(channel), a(have), a(round), a(lost);
+  }
+};
+
+// The sender has made a copy of its state after `step` updates, and keeps it until Dismiss.
+struct Offered {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int64_t bytes = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(bytes);
+  }
+};
+
+// The state that Resync has promised does not come: is there another one? Answered by Resync, if there ever is.
+struct StateLost {
+  ChannelId channel = 0;
+  std::int32_t server = 0;
+  Step step = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(server), a(step);
   }
 };
 
@@ -233,13 +258,14 @@ struct Failed {  // of one channel, for good
   }
 };
 
-// What every answer tells besides: when the receiver's round ends (-1: not known), and which updates all ranks have.
+// What every answer tells besides.
 struct Outlook {
-  Step round_end = -1;
-  Step all_have = 0;
+  Step round_end = -1;  // of the receiver's round; -1: not known
+  Step all_have = 0;    // the updates before are wanted by nobody any more
+  bool beyond = false;  // some rank is beyond the journal, and will want the state of another one
   template <class A>
   void fields(A& a) {
-    a(round_end), a(all_have);
+    a(round_end), a(all_have), a(beyond);
   }
 };
 
@@ -337,10 +363,45 @@ struct Resume {
 struct Over {
   ChannelId channel = 0;
   std::int32_t round = 0;  // that is over; a rank that has joined hears only of the last one
+  Step end = 0;            // where it has ended, and the next one begins
   Outlook outlook;
   template <class A>
   void fields(A& a) {
-    a(channel), a(round), a(outlook);
+    a(channel), a(round), a(end), a(outlook);
+  }
+};
+
+// Make a copy of your state, as soon as all updates that you have taken are applied. Answered by Offered.
+struct Offer {
+  ChannelId channel = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel);
+  }
+};
+
+// Nobody needs the state after `step` updates that the receiver has offered.
+struct Dismiss {
+  ChannelId channel = 0;
+  Step step = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step);
+  }
+};
+
+// The receiver is beyond the journal: it is to take over the state that `server` has offered.
+struct Resync {
+  ChannelId channel = 0;
+  std::int32_t server = 0;
+  Step step = 0;
+  std::int64_t bytes = 0;
+  bool contributed = false;  // the receiver's last gradient has become part of an update, after it had stopped
+  bool instead = false;      // of another state, which is lost
+  Outlook outlook;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(server), a(step), a(bytes), a(contributed), a(instead), a(outlook);
   }
 };
 
@@ -382,15 +443,39 @@ struct Pull {
 
 struct Refused {
   Pull pull;
+  bool forgotten = false;  // it is beyond the journal
   template <class A>
   void fields(A& a) {
-    a(pull);
+    a(pull), a(forgotten);
   }
 };
 
-using Message = std::variant<Open, Arrive, Withdraw, Waiting, Done, Kept, Progress, Sync, BeginRound, Away, Leave,
-                             Pause, Join, Exit, Opened, Failed, Decision, Final, Probe, Late, History, Resume, Over,
-                             Joined, Lost, AllGone, Pull, Refused>;
+// A part of the state that the receiver has offered.
+struct PullState {
+  ChannelId channel = 0;
+  Step step = 0;
+  std::int64_t begin = 0;
+  std::int64_t bytes = 0;
+  std::int64_t tag = 0;  // of the transfer that answers
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step), a(begin), a(bytes), a(tag);
+  }
+};
+
+struct NoState {
+  ChannelId channel = 0;
+  Step step = 0;
+  template <class A>
+  void fields(A& a) {
+    a(channel), a(step);
+  }
+};
+
+using Message =
+    std::variant<Open, Arrive, Withdraw, Waiting, Done, Kept, Progress, Sync, Offered, StateLost, BeginRound, Away,
+                 Leave, Pause, Join, Exit, Opened, Failed, Decision, Final, Probe, Late, History, Resume, Over, Offer,
+                 Dismiss, Resync, Joined, Lost, AllGone, Pull, Refused, PullState, NoState>;
 
 std::vector<std::byte> encode(const Message& message);
 Message decode(const std::vector<std::byte>& bytes);  // RuntimeFailure when malformed

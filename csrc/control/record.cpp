@@ -26,6 +26,10 @@ const char* name_of(Record::Event event) {
       return "chosen";
     case Record::Event::held:
       return "held";
+    case Record::Event::beyond:
+      return "beyond";
+    case Record::Event::resynced:
+      return "resynced";
     case Record::Event::stalled:
       return "stalled";
     case Record::Event::gone:

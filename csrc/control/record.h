@@ -23,6 +23,8 @@ struct Record {
     round_over,  // step = the end
     chosen,      // another N for the steps from `step` on, and why; logged
     held,        // a decision waits for a rank, and why; logged as a warning
+    beyond,      // ranks = {rank} is beyond the journal, and will take over the state of another one; logged
+    resynced,    // ranks = {rank, whose state it has taken over}: it has `step` updates now; logged
     stalled,     // ranks wait for others, nothing goes on, and why; logged as a warning
     gone,        // ranks = {rank} has left for good
     lost,        // ranks = {rank} has died; `step` is the first that it has not finished

@@ -54,7 +54,11 @@ class Rounds {
   // The current round will end at `step`, whatever the lengths say.
   void fix_end(Step step) { fixed_end_ = step; }
 
+  // Where the last round has ended, all ranks were to meet.
+  bool ended_in_meeting() const { return ended_in_meeting_; }
+
   void close(Step end) {
+    ended_in_meeting_ = followed_ && align_every_ > 0 && end % align_every_ == 0;
     ends_.push_back(end);
     followed_ = false;
     begun_.assign(begun_.size(), false);
@@ -67,6 +71,7 @@ class Rounds {
   std::vector<bool> begun_;                           // this round, by rank
   bool followed_ = false;
   std::int64_t align_every_ = 0;
+  bool ended_in_meeting_ = false;
   std::optional<Step> fixed_end_;
 };
 

@@ -13,6 +13,7 @@
 #include "collective/allreduce.h"
 #include "control/member.h"
 #include "engine/journal.h"
+#include "engine/state.h"
 
 namespace hvd_backup {
 
@@ -48,6 +49,7 @@ struct Channel {
   const std::string name;
   const bool average;
   bool drop_nonfinite = false;
+  bool resyncs = false;      // beyond the journal this rank takes over another one's state
   bool measured = false;     // the coordinator wants the squared norms of gradients
   int gradient_buckets = 0;  // the first so many buckets hold gradients
   Member member;
@@ -57,9 +59,13 @@ struct Channel {
   std::string proposal;
   std::string failure;
   std::vector<Bucket> buckets;
-  std::map<int, Reduction> reductions;  // by scope
-  int running = 0;                      // collectives and fetches that use the buffers
-  Journal journal;                      // used by the engine thread alone
+  std::map<int, Reduction> reductions;                   // by scope
+  int running = 0;                                       // collectives and fetches that use the buffers
+  Journal journal;                                       // used by the engine thread alone
+  std::map<Step, std::shared_ptr<const State>> offered;  // copies of this rank's state, by step
+  std::shared_ptr<const State> arrived;                  // another one's
+  std::shared_ptr<const State> taken_over;               // the same, once it was told, until the next wait
+  bool asked_elsewhere = false;  // a thread that waits for another channel was told that this one's state is wanted
   std::condition_variable changed;
 };
 

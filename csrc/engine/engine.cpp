@@ -39,9 +39,10 @@ bool is_for_coordinator(const Message& message) {
         using Body = std::decay_t<decltype(body)>;
         return std::is_same_v<Body, Open> || std::is_same_v<Body, Arrive> || std::is_same_v<Body, Withdraw> ||
                std::is_same_v<Body, Waiting> || std::is_same_v<Body, Done> || std::is_same_v<Body, Kept> ||
-               std::is_same_v<Body, Progress> || std::is_same_v<Body, Sync> || std::is_same_v<Body, BeginRound> ||
-               std::is_same_v<Body, Away> || std::is_same_v<Body, Leave> || std::is_same_v<Body, Pause> ||
-               std::is_same_v<Body, Join> || std::is_same_v<Body, Exit>;
+               std::is_same_v<Body, Progress> || std::is_same_v<Body, Sync> || std::is_same_v<Body, Offered> ||
+               std::is_same_v<Body, StateLost> || std::is_same_v<Body, BeginRound> || std::is_same_v<Body, Away> ||
+               std::is_same_v<Body, Leave> || std::is_same_v<Body, Pause> || std::is_same_v<Body, Join> ||
+               std::is_same_v<Body, Exit>;
       },
       message);
 }
@@ -157,6 +158,7 @@ Channel& Engine::open(const ChannelSpec& spec) {
   }
   channels_.push_back(std::make_unique<Channel>(spec.name, rank_, spec.kind, spec.arrive_first, spec.average));
   channels_.back()->drop_nonfinite = spec.drop_nonfinite;
+  channels_.back()->resyncs = spec.options.resync;
   training_channels_ += spec.kind == ChannelKind::training ? 1 : 0;
   first_n_collectives_ += spec.kind == ChannelKind::collective && spec.options.required < size_ ? 1 : 0;
   outgoing_.push_back(Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all});
@@ -246,11 +248,19 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
   std::unique_lock lock(mutex_);
   const Raised waiting(waiting_);
   const TimeUs deadline = monotonic_us() + timeout_us;
+  channel.taken_over.reset();
   while (true) {
     // What is decided for good is completed and handed out, though the channel has failed since.
     check_usable(channel.member.decided() ? nullptr : &channel);
+    if (asks_for_state(channel)) {  // first: this thread may be about to go elsewhere
+      if (!update) return true;
+      for (auto& each : channels_) each->asked_elsewhere = each->asked_elsewhere || each->member.state_wanted();
+      *update = Update{Update::Kind::offer, channel.member.step(), {}, false, 0, {}, 0};
+      return true;
+    }
     if (channel.member.next()) {
       if (update) *update = channel.member.take();
+      if (update && update->kind == Update::Kind::resync) channel.taken_over = std::move(channel.arrived);
       return true;
     }
     const TimeUs now = monotonic_us();
@@ -317,8 +327,39 @@ void Engine::leave(Channel& channel) {
 
 Engine::View Engine::view(Channel& channel) {
   const std::scoped_lock lock(mutex_);
-  return {channel.member.step(), channel.member.round_end(), channel.member.round_over(),
-          channel.proposal,      channel.member.counters(),  channel.journal.bytes()};
+  return {channel.member.step(), channel.member.round_start(), channel.member.round_end(), channel.member.round_over(),
+          channel.proposal,      channel.member.counters(),    channel.journal.bytes()};
+}
+
+// The state of this channel is wanted, or of another one that its thread was not asked about yet: it may be this thread
+// that the others are waiting for, in another channel.
+bool Engine::asks_for_state(const Channel& channel) const {
+  return channel.resyncs && std::any_of(channels_.begin(), channels_.end(), [&](const auto& each) {
+           return each->member.state_wanted() && (each.get() == &channel || !each->asked_elsewhere);
+         });
+}
+
+void Engine::offer_state(Channel& channel, const std::vector<std::span<const std::byte>>& parts) {
+  auto state = State::copy_of(parts);
+  const std::scoped_lock lock(mutex_);
+  check_usable(&channel);
+  channel.member.offer(static_cast<std::int64_t>(state->size()));
+  channel.offered[channel.member.step()] = std::move(state);
+  channel.asked_elsewhere = false;
+  mark_dirty(channel);
+  wake();
+}
+
+bool Engine::state_wanted(Channel& channel, bool leaving) {
+  const std::scoped_lock lock(mutex_);
+  const Member& member = channel.member;
+  return channel.resyncs && (member.state_wanted() || (leaving && member.state_will_be_wanted()));
+}
+
+std::span<const std::byte> Engine::state_taken_over(Channel& channel) {
+  const std::scoped_lock lock(mutex_);
+  if (!channel.taken_over) throw UsageError("there is no state to take over: wait() has not said so");
+  return {channel.taken_over->data(), channel.taken_over->size()};
 }
 
 bool Engine::close(Channel& channel, TimeUs timeout_us) {
@@ -443,7 +484,8 @@ void Engine::drive(std::unique_lock<std::mutex>& lock, Channel& channel, TimeUs 
     lock.unlock();
     take_turn(pace);
     lock.lock();
-    if (channel.member.next() || !channel.failure.empty() || !failure_.empty() || stop_ || pace.now >= deadline) break;
+    if (channel.member.next() || asks_for_state(channel)) break;
+    if (!channel.failure.empty() || !failure_.empty() || stop_ || pace.now >= deadline) break;
     if (pace.worked) mark_dirty(channel);  // next() may have found something to ask for
     rest(lock, wake_driver_, pace, waiting_thread_spins_us);
   }
@@ -507,6 +549,7 @@ bool Engine::turn() {
     worked = true;
   }
   if (!fetches_.empty()) tick_fetches(now);
+  if (!state_fetches_.empty()) watch_state_fetches(now);
   Work work = collect(now);
   if (work.empty()) return worked;
   carry_out(std::move(work), now);
@@ -528,6 +571,10 @@ void Engine::lose(int rank, TimeUs now) {
 
 void Engine::receive(int from, const Message& message, TimeUs now) {
   if (const Pull* pull = std::get_if<Pull>(&message)) {
+    serve(from, *pull);
+    return;
+  }
+  if (const PullState* pull = std::get_if<PullState>(&message)) {
     serve(from, *pull);
     return;
   }
@@ -574,12 +621,20 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
         } else if constexpr (std::is_same_v<Body, AllGone>) {
           all_gone_ = true;
         } else if constexpr (std::is_same_v<Body, Refused>) {
-          for (const auto& fetch : fetches_) {
-            if (fetch->is_of(body_of.pull)) fetch->refused(body_of.pull, now);
+          refused(body_of, now);
+        } else if constexpr (std::is_same_v<Body, NoState>) {
+          for (const auto& [channel, fetch] : state_fetches_) {
+            const Resync& promised = fetch->promised();
+            const bool is_it = channel->id == body_of.channel && promised.server == from;
+            if (fetch->ended() || !is_it || promised.step != body_of.step) continue;
+            fetch->give_up();
+            channel->member.state_lost(promised);
+            mark_dirty(*channel);
           }
         } else if constexpr (NamesChannelById<Body>) {
           Channel& channel = by_id(body_of.channel);
           if constexpr (requires { channel.member.receive(body_of); }) channel.member.receive(body_of);
+          if constexpr (std::is_same_v<Body, Dismiss>) channel.offered.erase(body_of.step);
           if constexpr (std::is_same_v<Body, Probe>) answer(channel, body_of);
           if constexpr (std::is_same_v<Body, Final>) stand_in_for(channel, body_of);
           channel.journal.forget_before(channel.member.all_have());
@@ -629,18 +684,91 @@ void Engine::stand_in_for(Channel& channel, const Final& message) {
 // A late rank asks for a shard that this rank keeps.
 void Engine::serve(int from, const Pull& pull) {
   Journal::Block block;
+  bool forgotten = false;
   {
     const std::scoped_lock lock(mutex_);
     for (auto& channel : channels_) {
-      if (channel->opened && channel->id == pull.channel)
-        block = channel->journal.find(pull.step, pull.bucket, pull.shard);
+      if (!channel->opened || channel->id != pull.channel) continue;
+      block = channel->journal.find(pull.step, pull.bucket, pull.shard);
+      forgotten = pull.step < channel->member.all_have();
     }
   }
   if (!block) {
-    send(from, Refused{pull});
+    send(from, Refused{pull, forgotten});
     return;
   }
   transport_->start_send(from, pull.tag, *block, [block] {});
+}
+
+// A rank beyond the journal asks for a piece of the state that this rank has offered.
+void Engine::serve(int from, const PullState& pull) {
+  std::shared_ptr<const State> state;
+  {
+    const std::scoped_lock lock(mutex_);
+    for (auto& channel : channels_) {
+      if (!channel->opened || channel->id != pull.channel) continue;
+      if (const auto found = channel->offered.find(pull.step); found != channel->offered.end()) state = found->second;
+    }
+  }
+  const auto begin = static_cast<std::size_t>(pull.begin), bytes = static_cast<std::size_t>(pull.bytes);
+  if (!state) {
+    send(from, NoState{pull.channel, pull.step});
+  } else if (begin > state->size() || bytes > state->size() - begin) {
+    throw RuntimeFailure("malformed message: a piece of a state that has " + std::to_string(state->size()) + " bytes");
+  } else {
+    transport_->start_send(from, pull.tag, {state->data() + begin, bytes}, [state] {});
+  }
+}
+
+// With the mutex held. A keeper does not have what this rank fetches: it may get it yet, unless it has fallen out of
+// the journal.
+void Engine::refused(const Refused& message, TimeUs now) {
+  for (const auto& fetch : fetches_) {
+    if (fetch->ended() || !fetch->is_of(message.pull)) continue;
+    const bool resyncs = channel_of(*fetch).resyncs;
+    if (!(message.forgotten && resyncs) && fetch->refused(message.pull, now)) continue;
+    if (!resyncs) throw RuntimeFailure(fetch->hopeless());
+    give_up(*fetch);
+  }
+}
+
+Channel& Engine::channel_of(const Fetch& fetch) {
+  return **std::find_if(channels_.begin(), channels_.end(),
+                        [&](const auto& each) { return each->opened && each->id == fetch.channel(); });
+}
+
+// With the mutex held. Nobody keeps the update any more: the state of another rank takes its place.
+void Engine::give_up(Fetch& fetch) {
+  Channel& channel = channel_of(fetch);
+  fetch.give_up();
+  --channel.running;
+  channel.member.fetch_lost(fetch.step());
+  mark_dirty(channel);
+  channel.changed.notify_all();
+}
+
+void Engine::start_state_fetch(Channel& channel, const Resync& promised, TimeUs now) {
+  const auto next_tag = [this] { return std::exchange(next_fetch_tag_, next_fetch_tag_ + 2); };
+  const auto done = [this, &channel](const Resync& its, std::shared_ptr<const State> state) {
+    const std::scoped_lock lock(mutex_);
+    if (!channel.member.state_here(its)) return;
+    channel.arrived = std::move(state);
+    channel.changed.notify_all();
+  };
+  auto fetch = std::make_shared<StateFetch>(
+      *transport_, [this](int server, const PullState& pull) { send(server, pull); }, next_tag, promised, done);
+  state_fetches_.emplace_back(&channel, fetch);
+  fetch->start(now);
+}
+
+void Engine::watch_state_fetches(TimeUs now) {
+  std::erase_if(state_fetches_, [](const auto& each) { return each.second->ended(); });
+  for (const auto& [channel, fetch] : state_fetches_) {
+    if (!fetch->is_overdue(now)) continue;
+    const std::scoped_lock lock(mutex_);
+    channel->member.state_lost(fetch->promised());
+    mark_dirty(*channel);
+  }
 }
 
 Engine::Work Engine::collect(TimeUs now) {
@@ -695,12 +823,14 @@ void Engine::collect(Channel& channel, Work& work) {
     ++channel.running;
     work.fetches.emplace_back(&channel, std::move(*missed));
   }
+  for (Resync& promised : channel.member.take_resyncs()) work.resyncs.emplace_back(&channel, std::move(promised));
 }
 
 void Engine::carry_out(Work work, TimeUs now) {
   for (const Reply& reply : work.messages) send(reply.to, reply.message);
   for (const Start& start : work.starts) start_reduction(start);
   for (const auto& [channel, missed] : work.fetches) start_fetch(*channel, missed, now);
+  for (const auto& [channel, promised] : work.resyncs) start_state_fetch(*channel, promised, now);
 }
 
 void Engine::send(int to, const Message& message) {
@@ -835,8 +965,13 @@ void Engine::start_fetch(Channel& channel, const CatchUp& missed, TimeUs now) {
 }
 
 void Engine::tick_fetches(TimeUs now) {
-  std::erase_if(fetches_, [](const auto& fetch) { return fetch->complete(); });
+  std::erase_if(fetches_, [](const auto& fetch) { return fetch->ended(); });
   for (const auto& fetch : fetches_) fetch->tick(now);
+  const std::scoped_lock lock(mutex_);
+  for (const auto& fetch : fetches_) {
+    const bool hopeless = !lost_.empty() && !fetch->ended() && fetch->is_hopeless(lost_);
+    if (hopeless && channel_of(*fetch).resyncs) give_up(*fetch);
+  }
 }
 
 void Engine::take_records() {
@@ -862,8 +997,10 @@ void Engine::take_records() {
     if (record.event == Record::Event::stopped || (record.event == Record::Event::replaced && !record.reason.empty())) {
       report(rank_, "'" + record.channel + "' step " + std::to_string(record.step) + ": " + record.reason);
     }
-    if (record.event == Record::Event::held || record.event == Record::Event::stalled)
+    if (record.event == Record::Event::held || record.event == Record::Event::stalled ||
+        record.event == Record::Event::beyond)
       report(rank_, "warning: '" + record.channel + "': " + record.reason);
+    if (record.event == Record::Event::resynced) report(rank_, "'" + record.channel + "': " + record.reason);
   }
   trace_.write(records);
   timeline_.write(records);

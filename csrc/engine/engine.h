@@ -28,6 +28,7 @@
 #include "engine/channel.h"
 #include "engine/fetch.h"
 #include "engine/idle.h"
+#include "engine/state_fetch.h"
 #include "engine/timeline.h"
 #include "engine/trace.h"
 #include "kernels/weighted_sum.h"
@@ -91,8 +92,16 @@ class Engine {
   void away(Channel& channel);
   void leave(Channel& channel);
 
+  // Between two updates: keeps a copy of this rank's state for ranks beyond the journal. To be called when wait() says
+  // `offer`, and before leave_for_good() if state_wanted() says so; for other channels, too, that this thread has.
+  void offer_state(Channel& channel, const std::vector<std::span<const std::byte>>& parts);
+  bool state_wanted(Channel& channel, bool leaving);
+  // Of another rank, when wait() has said `resync`; until the next wait().
+  std::span<const std::byte> state_taken_over(Channel& channel);
+
   struct View {
     Step step = 0;
+    Step round_start = 0;
     std::optional<Step> round_end;
     bool round_over = false;
     std::string proposal;
@@ -136,7 +145,8 @@ class Engine {
     std::vector<Reply> messages;
     std::vector<Start> starts;
     std::vector<std::pair<Channel*, CatchUp>> fetches;
-    bool empty() const { return messages.empty() && starts.empty() && fetches.empty(); }
+    std::vector<std::pair<Channel*, Resync>> resyncs;
+    bool empty() const { return messages.empty() && starts.empty() && fetches.empty() && resyncs.empty(); }
   };
 
   // What the last turn has left: how long it is since there was something to do, and transfers that are on their way.
@@ -157,6 +167,13 @@ class Engine {
   void lose(int rank, TimeUs now);
   void receive(int from, const Message& message, TimeUs now);
   void serve(int from, const Pull& pull);
+  void serve(int from, const PullState& pull);
+  void refused(const Refused& message, TimeUs now);
+  Channel& channel_of(const Fetch& fetch);
+  void give_up(Fetch& fetch);
+  bool asks_for_state(const Channel& channel) const;
+  void start_state_fetch(Channel& channel, const Resync& promised, TimeUs now);
+  void watch_state_fetches(TimeUs now);
   Work collect(TimeUs now);
   void collect(Channel& channel, Work& work);
   void carry_out(Work work, TimeUs now);
@@ -196,7 +213,8 @@ class Engine {
   TimeUs fetch_us_ = 0;  // that the last fetch took, from the request that was answered
   Step newest_fetched_ = -1;
   std::set<int> silent_keepers_;  // of the catch-up that goes on
-  std::deque<Reply> to_self_;     // messages of this rank to itself; `to` is the sender
+  std::vector<std::pair<Channel*, std::shared_ptr<StateFetch>>> state_fetches_;
+  std::deque<Reply> to_self_;  // messages of this rank to itself; `to` is the sender
 
   std::mutex mutex_;
   std::unique_ptr<Coordinator> coordinator_;  // rank 0 only

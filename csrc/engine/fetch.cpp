@@ -72,18 +72,28 @@ void Fetch::tick(TimeUs now) {
   }
 }
 
-void Fetch::refused(const Pull& pull, TimeUs now) {
+bool Fetch::refused(const Pull& pull, TimeUs now) {
   const auto part = std::find_if(parts_.begin(), parts_.end(), [&](const Part& each) {
     return each.bucket == pull.bucket && each.shard == pull.shard;
   });
-  if (part == parts_.end() || part->here) return;
-  if (++part->refusals == most_refusals * part->keepers.size()) {
-    throw RuntimeFailure("none of the " + std::to_string(part->keepers.size()) + " other contributors keeps shard " +
-                         std::to_string(part->shard) + " of update " + std::to_string(step_) + ", which rank " +
-                         std::to_string(transport_.rank()) + " has missed");
-  }
+  if (part == parts_.end() || part->here) return true;
+  if (++part->refusals == most_refusals * part->keepers.size()) return false;
   // All others refuse as long as they have not heard yet that a contributor has stopped.
   if (part->asked < part->keepers.size()) ask_next(static_cast<std::size_t>(part - parts_.begin()), now);
+  return true;
+}
+
+bool Fetch::is_hopeless(const Ranks& lost) const {
+  return std::any_of(parts_.begin(), parts_.end(), [&](const Part& part) {
+    return !part.here && std::all_of(part.keepers.begin(), part.keepers.end(), [&](int keeper) {
+      return std::find(lost.begin(), lost.end(), keeper) != lost.end();
+    });
+  });
+}
+
+std::string Fetch::hopeless() const {
+  return "none of the other contributors keeps update " + std::to_string(step_) + ", which rank " +
+         std::to_string(transport_.rank()) + " has missed";
 }
 
 void Fetch::ask_next(std::size_t index, TimeUs now) {
@@ -99,7 +109,7 @@ void Fetch::ask_next(std::size_t index, TimeUs now) {
 
 void Fetch::arrived(std::size_t index, TimeUs asked_at, const std::vector<std::byte>& data) {
   Part& part = parts_[index];
-  if (part.here) return;
+  if (part.here || given_up_) return;
   part.here = true;
   std::memcpy(part.place, data.data(), data.size());
   last_asked_at_ = std::max(last_asked_at_, asked_at);

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "base/clock.h"
@@ -32,9 +33,15 @@ class Fetch : public std::enable_shared_from_this<Fetch> {
 
   void start(TimeUs now);
   void tick(TimeUs now);
-  // Who was asked does not have it. RuntimeFailure when nobody has, again and again.
-  void refused(const Pull& pull, TimeUs now);
-  bool complete() const { return left_ == 0; }
+  // Who was asked does not have it. Returns false when nobody has, again and again.
+  bool refused(const Pull& pull, TimeUs now);
+  bool is_hopeless(const Ranks& lost) const;  // all have died who could have a part that is not here
+  std::string hopeless() const;               // in words, then
+  // What comes from now on is not looked at.
+  void give_up() { given_up_ = true; }
+  bool ended() const { return left_ == 0 || given_up_; }
+  ChannelId channel() const { return channel_; }
+  Step step() const { return step_; }
   bool is_of(const Pull& pull) const { return pull.channel == channel_ && pull.step == step_; }
 
  private:
@@ -62,6 +69,7 @@ class Fetch : public std::enable_shared_from_this<Fetch> {
   const TimeUs patience_us_;
   std::vector<Part> parts_;
   std::size_t left_ = 0;
+  bool given_up_ = false;
   TimeUs last_asked_at_ = 0;  // of those who have answered
   OnFetched on_fetched_;
 };

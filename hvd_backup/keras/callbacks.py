@@ -55,6 +55,7 @@ class FollowCallback(keras.callbacks.Callback):
         """An exception may have ended the last fit()."""
         if self._training().in_followed_round():
             self._training().abandon_round()
+        self.model.optimizer._exchange.belongs_to(self.model)
         self._running = self._stopped = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -134,6 +135,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         broadcast_variables([each for each in variables if id(each) not in self._local], self.root_rank)
         if isinstance(optimizer, DistributedApply):
             optimizer.training.global_step = int(self.model.optimizer.iterations)
+            optimizer._exchange.belongs_to(self.model)
         self.broadcast_done = True
 
 

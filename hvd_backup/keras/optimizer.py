@@ -117,7 +117,8 @@ class DistributedApply:
         return self.training.aligned()
 
     def counters(self) -> dict[str, int]:
-        """contributed, dropped: gradients of this rank; caught_up: updates applied without its gradient."""
+        """contributed, dropped: gradients of this rank; caught_up: updates applied without its gradient; resynced:
+        updates not applied, but taken over from another rank."""
         return self.training.counters()
 
     # --- what the updates ask for ---
@@ -133,6 +134,11 @@ class DistributedApply:
     def _known_variables(self) -> list[Any]:
         this: Any = self
         return list(this._trainable_variables) if this.built else []
+
+    def _own_variables(self) -> list[Any]:
+        this: Any = self
+        inner = getattr(this, "inner_optimizer", None)
+        return [*this.variables, *(inner.variables if inner is not None else ())]
 
 
 def DistributedOptimizer(  # noqa: N802

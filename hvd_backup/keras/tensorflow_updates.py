@@ -33,7 +33,7 @@ from hvd_backup.tensorflow.training import GraphTraining
 
 __all__ = ["GraphUpdates"]
 
-MISSED, OWN = 1, 2  # kinds of an update, as csrc/bindings/tensorflow_ops.cpp has them
+MISSED, OWN, OFFER, RESYNC = 1, 2, 3, 4  # kinds of an update, as csrc/bindings/tensorflow_ops.cpp has them
 APPLIED_TO = "_hvd_backup_applied_to"  # of a gradient that apply_and_show() has returned: the id of its variable
 
 
@@ -227,7 +227,28 @@ class GraphUpdates(KerasUpdates):
             with tf.control_dependencies(self._functions()):
                 return [tf.equal(kind, MISSED), *(restored if shown else ())]
 
-        return list(tf.cond(kind > 0, apply, lambda: [tf.constant(False), *shown]))
+        def resync() -> list[Any]:
+            with tf.control_dependencies([tf.py_function(self._resync, [kind], [])]):
+                return [tf.constant(True), *(tf.identity(mean) for mean in shown)]
+
+        def nothing() -> list[Any]:
+            return [tf.constant(False), *shown]
+
+        if self.training.backup_workers == 0 or self.training.policy.on_max_lag != "resync":
+            return list(tf.cond(kind > 0, apply, nothing))
+        return list(tf.cond(kind > 0, lambda: tf.cond(kind > OWN, resync, apply), nothing))
+
+    @property
+    def _resync(self) -> Callable[[Any], None]:
+        """What is not in the graph: a copy of all variables for another rank, or its copy in their place."""
+        this = weakref.ref(self.training)
+
+        def run(kind: Any) -> None:
+            training = this()
+            if training is not None:
+                training.resync(int(kind) == RESYNC)
+
+        return run
 
     def _functions(self) -> list[Any]:
         """The functions of on_update, after all that this graph has done so far."""

@@ -6,13 +6,18 @@ PyTorch's tensors. What it is not: the optimizer's face (optimizer.py), rounds (
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import keras
+import numpy as np
+
 from hvd_backup.applied import AppliedUpdate
 from hvd_backup.errors import UsageError
+from hvd_backup.resync import NumpyArrays, PackedState, pack, unpack
 from hvd_backup.training import Training
 
 __all__ = ["Appliable", "KerasUpdates", "UpdateOptions", "name_of"]
@@ -50,6 +55,9 @@ class Appliable(Protocol):
     def _known_variables(self) -> list[Any]:
         """The trainable variables that it was built with; empty before."""
 
+    def _own_variables(self) -> list[Any]:
+        """Its state: momenta, iterations, the learning rate."""
+
 
 class KerasUpdates(ABC):
     """Owned by its optimizer.
@@ -64,6 +72,7 @@ class KerasUpdates(ABC):
         self._options = options
         self._optimizer = optimizer
         self._variables: list[Any] = []
+        self._model: Callable[[], Any] = lambda: None
 
     def exchange(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Any:
         """Sends the gradients, and applies this update and those missed before.
@@ -112,6 +121,32 @@ class KerasUpdates(ABC):
     def gradient_started(self) -> bool:
         """Between the gradient and its update; not from outside, as both are one call."""
         return False
+
+    # --- ranks beyond the journal ---
+
+    def belongs_to(self, model: Any) -> None:
+        """The optimizer's model, whose other weights (BatchNorm) are part of what such a rank takes over."""
+        self._model = weakref.ref(model)
+
+    def state(self, own: dict[str, Any]) -> PackedState:
+        """See hvd_backup.updates.Framework."""
+        values = [np.asarray(keras.ops.convert_to_numpy(variable)) for variable in self._all_variables()]
+        return pack({"own": own, "values": values}, NumpyArrays())
+
+    def load_state(self, memory: memoryview) -> dict[str, Any]:
+        """See hvd_backup.updates.Framework."""
+        state = unpack(memory, NumpyArrays())
+        for variable, value in zip(self._all_variables(), state["values"], strict=True):
+            variable.assign(value.copy())  # TensorFlow goes on to use what it is given
+        own: dict[str, Any] = state["own"]
+        return own
+
+    def _all_variables(self) -> list[Any]:
+        """What updates change, and the model's other weights, each once; the same on all ranks."""
+        model = self._model()
+        others = [] if model is None else model.non_trainable_weights
+        variables = [*(self._variables or self._optimizer._known_variables()), *self._optimizer._own_variables()]
+        return list({id(variable): variable for variable in [*variables, *others]}.values())
 
     def _describe(self, variables: list[Any], sent: list[tuple[tuple[int, ...], str]]) -> list[str]:
         """Lines that must be equal on all ranks; sent: shape and dtype for each variable.

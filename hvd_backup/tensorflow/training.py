@@ -6,6 +6,7 @@ the last update was. Rounds are the base class's own.
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -125,6 +126,19 @@ class GraphTraining(Training):
         Training.samples.fset(self, value)  # type: ignore[attr-defined]
         if self._stream is not None:
             self._stream.set_samples(self._samples)
+
+    def resync(self, take_over: bool) -> None:
+        """What the base class does in `_wait`; called from within the graph."""
+        if take_over:
+            self._take_over(self.opened.step)
+        else:
+            for stream in self._streams():
+                stream.serve()
+
+    def serve(self, leaving: bool = False) -> None:
+        """See the base class. The thread that runs this part of a graph is one of TensorFlow's."""
+        self._thread = threading.get_ident()
+        super().serve(leaving)
 
     def wait_outside_step(self, one: bool = False) -> str:
         """See the base class."""

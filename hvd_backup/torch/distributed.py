@@ -78,7 +78,8 @@ def DistributedOptimizer(  # noqa: N802
         max_staleness: 0.
         late: what becomes of a gradient that came too late: "drop", or "carry": it is added to this rank's next one.
         max_lag: how many updates are kept for ranks that are behind, or "auto".
-        on_max_lag: "wait": beyond that the others wait.
+        on_max_lag: "resync": a rank that is further behind takes over the weights, the optimizer's state and the rest
+            (`optimizer.resync_also`) of another one, and nobody waits for it; "wait": the others wait.
         scope: "step": one set of contributors for all gradients; "bucket": one for each bucket.
         arrive: a rank counts as there when its "first" or its "last" bucket is ready.
         nonfinite: "pass"; or "drop": a gradient that holds NaN or Inf counts as late, with b = 0 too: the update is

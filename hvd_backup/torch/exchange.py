@@ -21,9 +21,11 @@ from hvd_backup import faults
 from hvd_backup.context import Context
 from hvd_backup.errors import UsageError
 from hvd_backup.policy import Policy
-from hvd_backup.torch import hyperparameters
+from hvd_backup.resync import PackedState, pack, unpack
+from hvd_backup.torch import hyperparameters, resync
 from hvd_backup.torch.buckets import Buckets, dense_strides, gradients_kept
 from hvd_backup.torch.memory import checksum_of
+from hvd_backup.torch.resync import TorchArrays
 from hvd_backup.torch.scaling import DrivenScaler
 from hvd_backup.training import Training
 
@@ -75,6 +77,8 @@ class GradientExchange:
         synchronized: synchronize() is done, complete() is not.
         passes: backward passes until a gradient is handed over.
         schedulers: called after each update.
+        resynced: by name, what else goes along when a rank takes over the state of another one: state_dict() and
+            load_state_dict().
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class GradientExchange:
         self.synchronized = False
         self.training.batches_per_update = self.passes = passes
         self.schedulers: list[Callable[[], None]] = []
+        self.resynced: dict[str, Any] = {}
         self._place = place
         self._options = options
         self._names = [name for name, _ in named]
@@ -351,6 +356,17 @@ class GradientExchange:
         for step in self.schedulers:
             step()
 
+    def state(self, own: dict[str, Any]) -> PackedState:
+        """See Framework."""
+        return pack({"own": own, **resync.state_of(self._place, self._optimizer, self.resynced)}, TorchArrays())
+
+    def load_state(self, memory: memoryview) -> dict[str, Any]:
+        """See Framework."""
+        state = unpack(memory, TorchArrays())
+        resync.load(self._place, self._optimizer, self.resynced, state)
+        own: dict[str, Any] = state["own"]
+        return own
+
     @contextmanager
     def outside_step(self) -> Iterator[None]:
         """See Framework. p.grad shows no result buffer outside of step(), so nothing that it shows is overwritten."""
@@ -431,6 +447,7 @@ class GradientExchange:
             raise UsageError('register_scaler() with late="carry": a carried gradient has the scale of its own step')
         if self.training.policy.nonfinite == "drop":
             raise UsageError(SCALER_NEVER_HEARS)
+        self.resynced["scaler"] = scaler
         optimizer: Any = self._optimizer
         this: Any = weakref.proxy(self)
         self._scaler = DrivenScaler(

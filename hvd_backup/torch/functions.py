@@ -14,12 +14,15 @@ from hvd_backup.torch import hyperparameters
 from hvd_backup.torch.horovod_names import HOROVOD, is_global
 from hvd_backup.torch.memory import bytes_of, contiguous, signature_of
 from hvd_backup.torch.optimizer import DistributedStep
+from hvd_backup.torch.resync import remember
 
 __all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]
 
 
 def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Any] | torch.Tensor], root_rank: int) -> None:
     """Gives all ranks the tensors of rank `root_rank`, in place.
+
+    Buffers among them (BatchNorm) are from then on part of what a rank takes over when it is too far behind.
 
     Args:
         params: `model.state_dict()`, `model.named_parameters()` or `model.parameters()`. None in place of a tensor is
@@ -45,6 +48,7 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[tuple[str, Any] | 
     told = ", ".join(f"{name} {signature_of(tensor)}" for name, tensor in tensors)
     with here.full_collective(f"broadcast_parameters({told}, root_rank={root})") as left:
         _broadcast_in_place(left, [tensor for _, tensor in tensors], root)
+    remember(here, [tensor for _, tensor in tensors])
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None) -> None:

@@ -19,6 +19,7 @@ from hvd_backup.errors import UsageError
 from hvd_backup.torch import checks
 from hvd_backup.torch.exchange import GradientExchange
 from hvd_backup.torch.memory import checksum_of
+from hvd_backup.torch.resync import check_resyncable
 from hvd_backup.torch.schedulers import take_over
 from hvd_backup.training import Training
 
@@ -207,7 +208,8 @@ class DistributedStep(torch.optim.Optimizer):
         return self.training.aligned()
 
     def counters(self) -> dict[str, int]:
-        """contributed, dropped: gradients of this rank; caught_up: updates applied without its gradient."""
+        """contributed, dropped: gradients of this rank; caught_up: updates applied without its gradient; resynced:
+        updates not applied, but taken over from another rank."""
         return self.training.counters()
 
     def on_update(self, fn: Callable[[AppliedUpdate], object], when: Literal["before", "after"] = "after") -> None:
@@ -230,7 +232,25 @@ class DistributedStep(torch.optim.Optimizer):
 
         Calls of scheduler.step() in your own loop then do nothing. For schedulers that count updates, not epochs.
         """
-        self._exchange.schedulers.append(take_over(scheduler, self))
+        exchange = self._exchange
+        exchange.schedulers.append(take_over(scheduler, self))
+        exchange.resynced[f"scheduler {len(exchange.schedulers)}"] = scheduler
+
+    def resync_also(self, **things: Any) -> None:
+        """What else is to be equal on all ranks: a rank that is too far behind takes it over from another one.
+
+        Such a rank (`on_max_lag="resync"`) does not apply what it has missed, and functions of `on_update` do not run
+        for it. It gets the weights, the optimizer's state, registered schedulers and scaler, the global step, and the
+        buffers that `broadcast_parameters(model.state_dict())` was given. Name here whatever else your updates change:
+
+            optimizer.resync_also(ema=ema_model)
+
+        Args:
+            things: by name, the same on all ranks: objects with state_dict() and load_state_dict().
+        """
+        for name, thing in things.items():
+            check_resyncable(name, thing)
+        self._exchange.resynced.update(things)
 
     def register_scaler(self, scaler: Any) -> None:
         """For mixed precision with torch.amp.GradScaler: an update that holds Inf is skipped on every rank.
