@@ -17,7 +17,7 @@ from typing import Any
 from hvd_backup import option_values as values_of
 from hvd_backup.errors import ConfigError
 
-__all__ = ["Config", "announced_processes", "environment_name", "gloo_rank", "table"]
+__all__ = ["Config", "announced_processes", "environment_name", "gloo_rank", "spare_last_barrier", "table"]
 
 PREFIX = "HVD_BACKUP_"
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "fatal")
@@ -187,6 +187,16 @@ _LAUNCHER_VARIABLES = (
     "LOCAL_WORLD_SIZE",
     "GROUP_WORLD_SIZE",
 )
+
+
+def spare_last_barrier() -> None:
+    """MPI_Finalize of Open MPI 5 may wait for a process that has died (its issue 11404), unless told so before MPI_Init.
+
+    All ranks meet in shutdown() anyway. If MPI runs already, it is too late: `mpirun --mca async_mpi_finalize 1`.
+    """
+    enabled = os.environ.get("OMPI_MCA_mpi_ft_enable", "")  # noqa: SIM112 (Open MPI's name)
+    if enabled.lower() in ("1", "t", "true", "enabled", "yes", "y"):
+        os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
 
 
 def announced_processes(environ: Mapping[str, str] | None = None) -> tuple[str, int] | None:

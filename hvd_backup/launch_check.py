@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from hvd_backup import _core
-from hvd_backup.config import announced_processes, gloo_rank
+from hvd_backup.config import announced_processes, gloo_rank, spare_last_barrier
 from hvd_backup.errors import UsageError
 
 __all__ = ["check", "mapped_mpi_libraries", "usable_mpi"]
@@ -25,7 +25,7 @@ def usable_mpi() -> ModuleType:
     Raises:
         UsageError: mpi4py or MPI is missing, or MPI has been finalised.
     """
-    _spare_last_barrier()
+    spare_last_barrier()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and finds no MPI library
@@ -39,16 +39,6 @@ def usable_mpi() -> ModuleType:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         atexit.register(_finalize, MPI)  # as mpi4py does when it was the one to initialise MPI
     return MPI
-
-
-def _spare_last_barrier() -> None:
-    """MPI_Finalize of Open MPI 5 may wait for a process that has died (its issue 11404), unless told so beforehand.
-
-    All ranks meet in shutdown() anyway. If MPI runs already, it is too late: `mpirun --mca async_mpi_finalize 1`.
-    """
-    enabled = os.environ.get("OMPI_MCA_mpi_ft_enable", "")  # noqa: SIM112 (Open MPI's name)
-    if enabled.lower() in ("1", "t", "true", "enabled", "yes", "y"):
-        os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
 
 
 def _finalize(MPI: Any) -> None:  # noqa: N803

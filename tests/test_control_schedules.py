@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests import control_plans
 from tests.control_runs import KINDS, failure_of, random_choices, run, run_with_one_stopped
 
-SEEDS = 2500  # for each of the kinds
+SEEDS = 1250  # for each of the eight kinds
 
 
 @pytest.mark.parametrize("kind", KINDS)
