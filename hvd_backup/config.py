@@ -190,7 +190,7 @@ _LAUNCHER_VARIABLES = (
 
 
 def spare_last_barrier() -> None:
-    """MPI_Finalize of Open MPI 5 may wait for a process that has died (its issue 11404), unless told so before MPI_Init.
+    """MPI_Finalize of Open MPI 5 may wait for a process that has died (its issue 11404), unless told not to.
 
     All ranks meet in shutdown() anyway. If MPI runs already, it is too late: `mpirun --mca async_mpi_finalize 1`.
     """

@@ -127,7 +127,9 @@ def test_extra_wait_is_beyond_the_usual_step() -> None:
 
     ends = [1.0, 2.0, 3.0, 4.0, 5.3, 6.3]
     records = [StepRecord(i, end - (1.3 if i == 4 else 1.0), 0.0, end, True, 0) for i, end in enumerate(ends)]
-    assert extra_waits(records, stops=[(4.1, 4.2)]) == [pytest.approx(0.3)]
+    stops = [(4.1, 4.2)]
+    assert extra_waits(records, stops, spans=stops) == [pytest.approx(0.3)]
+    assert extra_waits(records, stops, spans=[(2.5, 2.6)]) == [pytest.approx(0.0)]
 
 
 def test_recording_perf(tmp_path: Path) -> None:
