@@ -34,7 +34,7 @@ def test_many_schedules_keep_the_invariants() -> None:
 def test_i4_a_rank_is_stopped_in_the_middle_of_its_contribution_often_enough() -> None:
     """What the seeded runs above are worth."""
     replaced = ended_without = 0
-    for seed in range(150):
+    for seed in range(300):
         rng = Random(seed)
         world = run_with_one_stopped(control_plans.without_one(rng), random_choices(rng))
         events = [each["event"] for each in world.log if isinstance(each, dict) and "event" in each] if world else []
