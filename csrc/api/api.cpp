@@ -351,8 +351,8 @@ hvdb_status hvdb_view(hvdb_channel* channel, hvdb_channel_view* view) {
              own.counters.resynced,
              own.journal_bytes,
              own.round_start,
-             channel->engine->state_wanted(*channel->channel, false) ? 1 : 0,
-             channel->engine->state_wanted(*channel->channel, true) ? 1 : 0};
+             own.state_wanted ? 1 : 0,
+             own.state_wanted_at_exit ? 1 : 0};
     return HVDB_OK;
   });
 }

@@ -93,7 +93,7 @@ Engine::Engine(std::unique_ptr<Transport> transport, const EngineSettings& setti
       recording_(header_) {
   if (rank_ == 0) {
     coordinator_ = std::make_unique<Coordinator>(size_, !settings.trace.empty(), combine_payloads,
-                                                 settings.stall_check_us, transport_->survives_losses());
+                                                 settings.stall_check_us, survives_losses_);
   }
   thread_ = std::thread([this] { run(); });
 }
@@ -327,8 +327,12 @@ void Engine::leave(Channel& channel) {
 
 Engine::View Engine::view(Channel& channel) {
   const std::scoped_lock lock(mutex_);
-  return {channel.member.step(), channel.member.round_start(), channel.member.round_end(), channel.member.round_over(),
-          channel.proposal,      channel.member.counters(),    channel.journal.bytes()};
+  const Member& member = channel.member;
+  const bool wanted = channel.resyncs && member.state_wanted();
+  const bool wanted_at_exit = wanted || (channel.resyncs && member.state_will_be_wanted());
+  return {member.step(),    member.round_start(), member.round_end(),      member.round_over(),
+          channel.proposal, member.counters(),    channel.journal.bytes(), wanted,
+          wanted_at_exit};
 }
 
 // The state of this channel is wanted, or of another one that its thread was not asked about yet: it may be this thread
@@ -348,12 +352,6 @@ void Engine::offer_state(Channel& channel, const std::vector<std::span<const std
   channel.asked_elsewhere = false;
   mark_dirty(channel);
   wake();
-}
-
-bool Engine::state_wanted(Channel& channel, bool leaving) {
-  const std::scoped_lock lock(mutex_);
-  const Member& member = channel.member;
-  return channel.resyncs && (member.state_wanted() || (leaving && member.state_will_be_wanted()));
 }
 
 std::span<const std::byte> Engine::state_taken_over(Channel& channel) {
@@ -556,6 +554,23 @@ bool Engine::turn() {
   return true;
 }
 
+// With the mutex held; null: none that this rank has opened.
+Channel* Engine::find(ChannelId id) {
+  const auto found = std::find_if(channels_.begin(), channels_.end(),
+                                  [id](const auto& channel) { return channel->opened && channel->id == id; });
+  return found == channels_.end() ? nullptr : found->get();
+}
+
+Channel& Engine::known(ChannelId id) {
+  if (Channel* channel = find(id)) return *channel;
+  throw RuntimeFailure("malformed message: unknown channel " + std::to_string(id));
+}
+
+// Of transfers that this rank asks for.
+std::function<Tag()> Engine::next_tags() {
+  return [this] { return std::exchange(next_fetch_tag_, next_fetch_tag_ + 2); };
+}
+
 // The process of a rank has died.
 void Engine::lose(int rank, TimeUs now) {
   const std::scoped_lock lock(mutex_);
@@ -589,12 +604,6 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
       if (channel->name == name) return channel.get();
     }
     return nullptr;
-  };
-  const auto by_id = [&](ChannelId id) -> Channel& {
-    for (auto& channel : channels_) {
-      if (channel->opened && channel->id == id) return *channel;
-    }
-    throw RuntimeFailure("malformed message: unknown channel " + std::to_string(id));
   };
   std::visit(
       [&](const auto& body_of) {
@@ -632,7 +641,7 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
             mark_dirty(*channel);
           }
         } else if constexpr (NamesChannelById<Body>) {
-          Channel& channel = by_id(body_of.channel);
+          Channel& channel = known(body_of.channel);
           if constexpr (requires { channel.member.receive(body_of); }) channel.member.receive(body_of);
           if constexpr (std::is_same_v<Body, Dismiss>) channel.offered.erase(body_of.step);
           if constexpr (std::is_same_v<Body, Probe>) answer(channel, body_of);
@@ -687,8 +696,7 @@ void Engine::serve(int from, const Pull& pull) {
   bool forgotten = false;
   {
     const std::scoped_lock lock(mutex_);
-    for (auto& channel : channels_) {
-      if (!channel->opened || channel->id != pull.channel) continue;
+    if (Channel* channel = find(pull.channel)) {
       block = channel->journal.find(pull.step, pull.bucket, pull.shard);
       forgotten = pull.step < channel->member.all_have();
     }
@@ -705,8 +713,7 @@ void Engine::serve(int from, const PullState& pull) {
   std::shared_ptr<const State> state;
   {
     const std::scoped_lock lock(mutex_);
-    for (auto& channel : channels_) {
-      if (!channel->opened || channel->id != pull.channel) continue;
+    if (Channel* channel = find(pull.channel)) {
       if (const auto found = channel->offered.find(pull.step); found != channel->offered.end()) state = found->second;
     }
   }
@@ -725,21 +732,16 @@ void Engine::serve(int from, const PullState& pull) {
 void Engine::refused(const Refused& message, TimeUs now) {
   for (const auto& fetch : fetches_) {
     if (fetch->ended() || !fetch->is_of(message.pull)) continue;
-    const bool resyncs = channel_of(*fetch).resyncs;
+    const bool resyncs = known(fetch->channel()).resyncs;
     if (!(message.forgotten && resyncs) && fetch->refused(message.pull, now)) continue;
     if (!resyncs) throw RuntimeFailure(fetch->hopeless());
     give_up(*fetch);
   }
 }
 
-Channel& Engine::channel_of(const Fetch& fetch) {
-  return **std::find_if(channels_.begin(), channels_.end(),
-                        [&](const auto& each) { return each->opened && each->id == fetch.channel(); });
-}
-
 // With the mutex held. Nobody keeps the update any more: the state of another rank takes its place.
 void Engine::give_up(Fetch& fetch) {
-  Channel& channel = channel_of(fetch);
+  Channel& channel = known(fetch.channel());
   fetch.give_up();
   --channel.running;
   channel.member.fetch_lost(fetch.step());
@@ -748,7 +750,6 @@ void Engine::give_up(Fetch& fetch) {
 }
 
 void Engine::start_state_fetch(Channel& channel, const Resync& promised, TimeUs now) {
-  const auto next_tag = [this] { return std::exchange(next_fetch_tag_, next_fetch_tag_ + 2); };
   const auto done = [this, &channel](const Resync& its, std::shared_ptr<const State> state) {
     const std::scoped_lock lock(mutex_);
     if (!channel.member.state_here(its)) return;
@@ -756,7 +757,7 @@ void Engine::start_state_fetch(Channel& channel, const Resync& promised, TimeUs 
     channel.changed.notify_all();
   };
   auto fetch = std::make_shared<StateFetch>(
-      *transport_, [this](int server, const PullState& pull) { send(server, pull); }, next_tag, promised, done);
+      *transport_, [this](int server, const PullState& pull) { send(server, pull); }, next_tags(), promised, done);
   state_fetches_.emplace_back(&channel, fetch);
   fetch->start(now);
 }
@@ -956,9 +957,8 @@ void Engine::start_fetch(Channel& channel, const CatchUp& missed, TimeUs now) {
     mark_dirty(channel);
     channel.changed.notify_all();
   };
-  const auto next_tag = [this] { return std::exchange(next_fetch_tag_, next_fetch_tag_ + 2); };
   auto fetch = std::make_shared<Fetch>(
-      *transport_, [this](int keeper, const Pull& pull) { send(keeper, pull); }, next_tag, channel.id, missed,
+      *transport_, [this](int keeper, const Pull& pull) { send(keeper, pull); }, next_tags(), channel.id, missed,
       channel.buckets, silent_keepers_, patience, done);
   fetches_.push_back(fetch);
   fetch->start(now);
@@ -970,7 +970,7 @@ void Engine::tick_fetches(TimeUs now) {
   const std::scoped_lock lock(mutex_);
   for (const auto& fetch : fetches_) {
     const bool hopeless = !lost_.empty() && !fetch->ended() && fetch->is_hopeless(lost_);
-    if (hopeless && channel_of(*fetch).resyncs) give_up(*fetch);
+    if (hopeless && known(fetch->channel()).resyncs) give_up(*fetch);
   }
 }
 

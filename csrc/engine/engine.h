@@ -93,9 +93,8 @@ class Engine {
   void leave(Channel& channel);
 
   // Between two updates: keeps a copy of this rank's state for ranks beyond the journal. To be called when wait() says
-  // `offer`, and before leave_for_good() if state_wanted() says so; for other channels, too, that this thread has.
+  // `offer`, and before leave_for_good() if view() says so; for other channels, too, that this thread has.
   void offer_state(Channel& channel, const std::vector<std::span<const std::byte>>& parts);
-  bool state_wanted(Channel& channel, bool leaving);
   // Of another rank, when wait() has said `resync`; until the next wait().
   std::span<const std::byte> state_taken_over(Channel& channel);
 
@@ -107,6 +106,8 @@ class Engine {
     std::string proposal;
     Counters counters;
     std::size_t journal_bytes = 0;
+    bool state_wanted = false;  // see offer_state
+    bool state_wanted_at_exit = false;
   };
   View view(Channel& channel);
 
@@ -169,7 +170,9 @@ class Engine {
   void serve(int from, const Pull& pull);
   void serve(int from, const PullState& pull);
   void refused(const Refused& message, TimeUs now);
-  Channel& channel_of(const Fetch& fetch);
+  Channel* find(ChannelId id);
+  Channel& known(ChannelId id);
+  std::function<Tag()> next_tags();
   void give_up(Fetch& fetch);
   bool asks_for_state(const Channel& channel) const;
   void start_state_fetch(Channel& channel, const Resync& promised, TimeUs now);
