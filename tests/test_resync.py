@@ -184,14 +184,20 @@ def test_without_backup_workers_nobody_is_left_behind() -> None:
     assert not talk.recorded("beyond")
 
 
-def test_the_others_wait_for_a_rank_that_would_never_come_back() -> None:
-    """Its state takes longer than max_lag updates: the second time the others wait, as long as the first one took."""
+def beyond_again() -> Talk:
+    """Rank 2 takes over a state, which takes 5 ms; meanwhile the others make more updates than the journal holds."""
     talk = far_behind()
     talk.say(2, "Sync", have=0)
     talk.say(1, "Offered", step=4, bytes=10)
     talk.now += 5000
     for step in range(4, 8):
         talk.final(step, 0, 1)
+    return talk
+
+
+def test_the_others_wait_for_a_rank_that_would_never_come_back() -> None:
+    """Its state takes longer than max_lag updates: the second time the others wait, as long as the first one took."""
+    talk = beyond_again()
     assert told(talk.say(2, "Sync", have=4)) == [(1, "Dismiss"), (1, "Offer")]
     assert told(talk.say(1, "Offered", step=8, bytes=10)) == [(2, "Resync")]
     talk.final(8, 0, 1)
@@ -205,12 +211,7 @@ def test_the_others_wait_for_a_rank_that_would_never_come_back() -> None:
 
 
 def test_i4_but_not_if_it_has_stopped_again() -> None:
-    talk = far_behind()
-    talk.say(2, "Sync", have=0)
-    talk.say(1, "Offered", step=4, bytes=10)
-    talk.now += 5000
-    for step in range(4, 8):
-        talk.final(step, 0, 1)
+    talk = beyond_again()
     talk.say(2, "Sync", have=4)
     talk.say(1, "Offered", step=8, bytes=10)
     talk.final(8, 0, 1)
