@@ -88,6 +88,9 @@ class Training(UpdateStream):
         """Whether all ranks meet at this step (`follow(..., align_every=k)`)."""
         at = self.step
         every = self._align_every
+        channel = self.channel
+        if channel is not None and channel.round_end is not None and channel.step > channel.round_end:
+            return False  # with another rank's state it has come into a later round, in which it meets the others
         return self._following and every > 0 and at > self.round_start and (at - self._earlier_steps) % every == 0
 
     def may_begin_round(self) -> bool:

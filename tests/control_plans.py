@@ -9,7 +9,7 @@ import itertools
 from dataclasses import replace
 from random import Random
 
-from tests.control_programs import Data, Epoch, Failure, Plan
+from tests.control_programs import Data, Epoch, Failure, Plan, meeting
 from tests.control_rank import ChannelSpec
 
 LAYOUTS = [(0,), (0, 0), (0, 1), (0, 0, 1, 2)]
@@ -63,6 +63,8 @@ def training(rng: Random) -> Plan:
     specs = optimizers(rng, size, rng.choice([1, 1, 1, 2]))
     epochs = [epoch(rng, size, rng.choice([1, 3, 6, 20, 0]), len(specs) == 1) for _ in range(rng.randint(1, 3))]
     last = [rng.randrange(len(epochs)) if rng.random() < 0.1 else None for _ in range(size)]
+    for number in range(min((each for each in last if each is not None), default=len(epochs)), len(epochs)):
+        epochs[number] = replace(epochs[number], barrier=False)  # which would need those who have left, too
     return Plan(size, specs, tuple(epochs), tuple(last), nonfinite=nonfinite(rng, size, specs))
 
 
@@ -72,7 +74,7 @@ def behind(rng: Random) -> Plan:
     count = rng.choice([1, 1, 2])
     specs = optimizers(rng, size, count, required=rng.randint(1, size - 1))
     specs = tuple(replace(spec, max_lag=rng.choice([1, 2, 3, 4]), resync=True) for spec in specs)
-    epochs = [epoch(rng, size, rng.choice([6, 20, 40]), count == 1) for _ in range(rng.randint(1, 3))]
+    epochs = [epoch(rng, size, rng.choice([4, 8, 16]), count == 1) for _ in range(rng.randint(1, 3))]
     return Plan(size, specs, tuple(epochs))
 
 
@@ -94,14 +96,13 @@ def collectives(rng: Random) -> Plan:
     calls: list[list[str]] = [[] for _ in range(size)]
     for era in range(rng.randint(1, 2)):
         first_n = ChannelSpec(f"first_n[{era}]", "collective", required, max_lag=max_lag, wait_for_all=False)
-        meeting = ChannelSpec(f"meeting[{era}]", "collective", size, max_lag=max_lag, wait_for_all=False)
-        specs += [first_n, meeting]
+        specs += [first_n, meeting(size, f"meeting[{era}]", max_lag)]
         for _ in range(rng.randint(0, 3)):
             most = rng.randint(0, 5)
             for own in calls:
                 # Fewer than the others: those go on without it, as far as the journal reaches.
                 fewer = required < size and max_lag == 16 and rng.random() < 0.3
-                own += [first_n.name] * (rng.randint(0, most) if fewer else most) + [f"full:{meeting.name}"]
+                own += [first_n.name] * (rng.randint(0, most) if fewer else most) + [f"full:{specs[-1].name}"]
         for own in calls:
             own += [first_n.name] * rng.randint(0, 5) + ["join"]
     return Plan(size, tuple(specs), calls=tuple(tuple(own) for own in calls))

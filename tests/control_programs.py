@@ -73,11 +73,17 @@ class Plan:
 
     def world(self, bug: Bug | None = None) -> World:
         """A world in which every rank is about to begin."""
-        world = World(self.size, self.specs, bug)
+        meets = any(epoch.barrier for epoch in self.epochs)
+        world = World(self.size, self.specs + ((meeting(self.size),) if meets else ()), bug)
         for rank in world.ranks:
             body = collectives(world, rank.rank, self) if self.calls else training(world, rank.rank, self)
             rank.program = until_exit(world, rank.rank, body)
         return world
+
+
+def meeting(size: int, name: str = "full_collective", max_lag: int = 64) -> ChannelSpec:
+    """Where all ranks come together."""
+    return ChannelSpec(name, "collective", size, max_lag=max_lag, wait_for_all=False)
 
 
 def until_exit(world: World, r: int, body: Program) -> Program:
@@ -123,7 +129,7 @@ def training(world: World, r: int, plan: Plan) -> Program:
         if plan.last_epoch and plan.last_epoch[r] == number:
             return
         if epoch.barrier:
-            yield from full_collective(world, r, number)
+            yield from call(world, r, plan, "full_collective")
 
 
 def followed(lines: list[Line], plan: Plan, number: int, steps: int) -> Generator[bool, None, int]:
@@ -153,15 +159,22 @@ def followed(lines: list[Line], plan: Plan, number: int, steps: int) -> Generato
                     each.member.away()
                 raise
         steps, own, at = steps + 1, own + 1, first.member.step
-        if epoch.align_every and at > start and at % epoch.align_every == 0 and seen[-1:] != [at]:
+        if epoch.align_every and start < at <= end_of(first) and at % epoch.align_every == 0 and seen[-1:] != [at]:
             seen.append(at)
             if epoch.barrier:
-                yield from full_collective(first.world, first.rank, (number, at))
+                yield from call(first.world, first.rank, plan, "full_collective")
     if epoch.align_every and own != data.stop_after:
-        meetings = [at for at in range(start + 1, first.member.step + 1) if at % epoch.align_every == 0]
+        last = min(first.member.step, end_of(first))  # with another's state, it may have come into a later round
+        meetings = [at for at in range(start + 1, last + 1) if at % epoch.align_every == 0]
         check(seen == meetings, f"rank {first.rank} was at {seen}, the others met at {meetings}")
     yield from end_rounds(lines)
     return steps
+
+
+def end_of(line: Line) -> int:
+    """The step at which this rank's round ends, as far as it knows."""
+    end = line.member.round_end
+    return 1 << 60 if end is None else int(end)
 
 
 def end_rounds(lines: list[Line]) -> Program:
@@ -189,30 +202,29 @@ def collectives(world: World, r: int, plan: Plan) -> Program:
 
     "full:name": a full collective, which pauses this rank in the channels that do not require all, and meets in `name`.
     """
-    lines: dict[str, Line] = {}
-    for count, call in enumerate(plan.calls[r]):
-        if call == "join":
+    for count, what in enumerate(plan.calls[r]):
+        if what == "join":
             world.ranks[r].joined = True
             world.send(r, compose("Join"))
             while world.ranks[r].joined:
                 yield False
             continue
-        kind, _, name = call.rpartition(":")
+        kind, _, name = what.rpartition(":")
         if kind == "full":
             world.send(r, compose("Pause"))
             yield True
-        if name not in lines:
-            lines[name] = world.open(r, name)
-            while lines[name].id is None:
-                usable(lines[name])
-                yield False
-        yield from step(lines[name], plan, count)
+        yield from call(world, r, plan, name, count)
 
 
-def full_collective(world: World, r: int, where: object) -> Program:
-    all_here = world.barrier(r, where)
-    while not all_here():
-        yield False
+def call(world: World, r: int, plan: Plan, name: str, count: int = 0) -> Program:
+    """One collective, which this rank may be the first to call."""
+    line = world.ranks[r].lines.get(name)
+    if line is None:
+        line = world.open(r, name)
+        while line.id is None:
+            usable(line)
+            yield False
+    yield from step(line, plan, count)
 
 
 def usable(line: Line) -> None:
@@ -220,18 +232,28 @@ def usable(line: Line) -> None:
         raise ChannelFailed(line.failure)
 
 
+def serve(world: World, r: int) -> None:
+    """The training thread is between two updates."""
+    for line in world.ranks[r].lines.values():
+        line.serve()
+
+
 def wait(line: Line) -> Generator[bool, None, dict[str, Any]]:
-    """Channel.wait(), as UpdateStream calls it: serves other ranks, and takes over another's state, on the way."""
+    """Channel.wait(), as UpdateStream calls it: serves other ranks, and takes over another's state, on the way.
+
+    A collective only waits, and says so.
+    """
+    trains = line.spec.kind == "training"
     while True:
         usable(line)
-        for each in line.world.ranks[line.rank].lines.values():
-            each.serve()
+        if trains:
+            serve(line.world, line.rank)
         if line.member.next():
             if (update := line.take())["kind"] != "resync":
                 return update
             yield True
             continue
-        if len(line.world.specs) > 1:
+        if not trains or line.world.trainings > 1:
             line.member.announce_waiting()
         yield False
 
@@ -247,11 +269,11 @@ def step(line: Line, plan: Plan, count: int) -> Program:
     """backward() and step(); or one collective, of which the outcome is the result of this very call."""
     usable(line)
     line.begin(1.0 + line.rank, f"{line.spec.name} {line.rank} {count}")
-    failure = plan.failure
+    failure = plan.failure if line.spec.kind == "training" else None
     for bucket in range(len(line.spec.layout)):
         if failure is not None and (failure.rank, failure.step, failure.buckets) == (line.rank, count, bucket):
             raise failure.leave()
-        line.submit(bucket, (line.rank, count, bucket) not in plan.nonfinite)
+        line.submit(bucket, (line.rank, count, bucket) not in plan.nonfinite or line.spec.kind == "collective")
         yield True
     while (update := (yield from wait(line)))["kind"] == "update" and not update["contributed"]:
         yield True

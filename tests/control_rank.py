@@ -80,6 +80,7 @@ class Line:
 
     def __init__(self, world: World, rank: int, spec: ChannelSpec) -> None:
         self.world, self.rank, self.spec = world, rank, spec
+        self.buckets = [{bucket for bucket, s in enumerate(spec.layout) if s == scope} for scope in range(spec.scopes)]
         self.member = Member(rank, spec.kind, spec.arrive_first)
         self.member.set_layout(list(spec.layout))
         self.id: int | None = None
@@ -247,7 +248,7 @@ class Line:
         own = self.reductions.get(scope)
         if own is None or own["tag"] != decision["tag"] or self.gradient is None:
             return False
-        return {bucket for bucket, s in enumerate(self.spec.layout) if s == scope} <= self.gradient.submitted
+        return self.buckets[scope] <= self.gradient.submitted
 
     def complete(self, scope: int) -> None:
         """The reduction of this scope has ended here."""
@@ -280,7 +281,10 @@ class Line:
             others = [ranks[r] for r in contributors if r != self.rank]
             for shard in range(len(contributors)):
                 has_not = [
-                    each.rank in dead or not (each.stopped or each.lines[self.spec.name].keeps(step, scope, shard))
+                    each.rank in dead
+                    or (
+                        self.world.has_heard_all(each.rank) and not each.lines[self.spec.name].keeps(step, scope, shard)
+                    )
                     for each in others
                 ]
                 if all(has_not) and any(each.rank in dead for each in others):

@@ -29,12 +29,21 @@ def run(plan: Plan, choices: list[int], bug: Bug | None = None) -> World:
     """Goes through the schedule, then brings everything to its end. AssertionError, with all that happened."""
     world = plan.world(bug)
     with reported(plan, world):
-        for choice in choices:
-            if not world.step(choice):
-                break
-        world.settle()
-        world.check_end()
+        go(world, choices)
+        end(world)
     return world
+
+
+def go(world: World, choices: list[int]) -> None:
+    """The schedule, until nothing can happen any more."""
+    for choice in choices:
+        if not world.step(choice):
+            return
+
+
+def end(world: World) -> None:
+    world.settle()
+    world.check_end()
 
 
 def run_with_one_stopped(plan: Plan, choices: list[int], bug: Bug | None = None) -> World | None:
@@ -45,9 +54,7 @@ def run_with_one_stopped(plan: Plan, choices: list[int], bug: Bug | None = None)
     """
     world = plan.world(bug)
     with reported(plan, world):
-        for choice in choices[:600]:
-            if not world.step(choice):
-                break
+        go(world, choices[:600])
         training = [rank for rank in world.ranks[1:] if not rank.left and is_training(rank, len(plan.specs))]
         if not training:
             return None
@@ -57,8 +64,7 @@ def run_with_one_stopped(plan: Plan, choices: list[int], bug: Bug | None = None)
         world.settle(resume=False)
         for rank in world.ranks:
             check(rank.left or rank is victim, f"I4: rank {rank.rank} waits for rank {victim.rank}")
-        world.settle()
-        world.check_end()
+        end(world)
     return world
 
 
@@ -72,13 +78,10 @@ def run_with_one_killed(plan: Plan, choices: list[int], bug: Bug | None = None) 
         return None
     victim, dies_at = 1 + choices[0] % (plan.size - 1), choices[-1] % min(len(choices), 400)
     with reported(plan, world):
-        for turn, choice in enumerate(choices[:600]):
-            if turn == dies_at:
-                world.kill(victim, choice)
-            if not world.step(choice):
-                break
-        world.settle()
-        world.check_end()
+        go(world, choices[:dies_at])
+        world.kill(victim, choices[dies_at])
+        go(world, choices[dies_at:600])
+        end(world)
     return world
 
 

@@ -24,6 +24,9 @@ class Witness:
         self.names: dict[int, str] = {}
         self.away: dict[str, set[int]] = {name: set() for name in world.specs}
         self.gone: set[int] = set()
+        self.lengths: dict[tuple[str, int], int] = {}  # of the rounds that the ranks follow
+        self.starts = dict.fromkeys(world.specs, 0)  # of the rounds
+        self.followed: set[str] = set()
         self.paused: set[int] = set()
         self.joined: set[int] = set()
         self.contributors: dict[Key, list[int]] = {}  # of the last decision, without who has withdrawn since
@@ -59,6 +62,9 @@ class Witness:
                 self.dropped.discard((r, key))  # it may come again, in another round
                 spoiled = self.nonfinite.setdefault(key, set())
                 (spoiled.discard if body["finite"] else spoiled.add)(r)
+            if kind == "BeginRound":
+                self.lengths[name, r] = body["length"]
+                self.followed.add(name)
             self.away[name].discard(r)
             if not self._is_of_all(self.world.specs[name]):
                 self.paused.discard(r)
@@ -93,6 +99,8 @@ class Witness:
                 self._decided(record, key)
             elif event == "round_over":
                 self.away[name].clear()
+                self.starts[name] = record["step"]
+                self.followed.discard(name)
             elif event == "failed":
                 self.failed.add(name)
 
@@ -168,12 +176,18 @@ class Witness:
         able = set(range(self.world.size)) - excused - set(record["ranks"])
         # What a rank that has died has made alone, others cannot make any more: they were told that they were late.
         enough = len(record["ranks"]) >= spec.required or not able or bool(self.left.get(key)) or died_with_it
+        enough = enough or self._is_beyond_round(name, step)
         check(enough, f"I3: {able} could have contributed: {record}")
         if spec.resyncs(self.world.size):
             return  # what is kept is checked where it is kept
         still_ask = [r for r in self.world.ranks if r.rank not in self.gone | self.joined]
         behind = min((r.lines[name].member.step if name in r.lines else 0 for r in still_ask), default=step)
         check(step + 1 - behind <= spec.max_lag, f"I5: a rank is at step {behind}, max_lag={spec.max_lag}: {record}")
+
+    def _is_beyond_round(self, name: str, step: int) -> bool:
+        """By their lengths, none of the ranks that are left comes to the step in this round."""
+        lengths = [self.lengths.get((name, r), -1) for r in range(self.world.size) if r not in self.gone]
+        return name in self.followed and min(lengths) >= 0 and step >= self.starts[name] + max(lengths)
 
     def _sent(self, body: dict[str, Any], told: set[int]) -> None:
         name = self.names[body["channel"]]

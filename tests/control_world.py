@@ -55,7 +55,7 @@ class World:
         self._to_coordinator: list[deque[bytes]] = [deque() for _ in range(size)]
         self._to_member: list[deque[bytes]] = [deque() for _ in range(size)]
         self._truth: dict[str, list[Applied]] = {}
-        self._barriers: dict[object, set[int]] = {}
+        self.trainings = sum(spec.kind == "training" for spec in specs)
         self._witness = Witness(self)
 
     # --- for programs and lines ---
@@ -76,13 +76,6 @@ class World:
         self.send(rank, compose("Exit", failure=failure))
         self.ranks[rank].left = True
         self._wake()
-
-    def barrier(self, rank: int, where: object) -> Callable[[], bool]:
-        """The rank is in a barrier; the function says whether all that still run are."""
-        here = self._barriers.setdefault(where, set())
-        here.add(rank)
-        self._wake()
-        return lambda: all(other.rank in here or other.left or other.found_dead for other in self.ranks)
 
     def apply(self, name: str, applied: Applied) -> Applied:
         """I1: what a rank applies is what all others have applied in this step, or will."""
@@ -118,6 +111,10 @@ class World:
     def contributors_left(self, spec: ChannelSpec, step: int) -> list[list[int] | None]:
         """For each scope of an update who is in it, without who has withdrawn; None: not decided."""
         return [self._witness.contributors.get((spec.name, step, scope), [-1]) for scope in range(spec.scopes)]
+
+    def has_heard_all(self, rank: int) -> bool:
+        """Whether the rank goes on, and knows all that the coordinator has said."""
+        return not self.ranks[rank].stopped and not self._to_member[rank]
 
     def _wake(self) -> None:
         for rank in self.ranks:
@@ -292,6 +289,8 @@ class World:
 
     def _take_from_coordinator(self) -> None:
         replies, records = self.coordinator.take_replies(), self.coordinator.take_records()
+        if not replies and not records:
+            return
         self.log += records
         self._witness.records(records)
         self._witness.replies([(to, describe(message)) for to, message in replies])

@@ -112,3 +112,120 @@ def test_when_it_had_left_before_nothing_changes() -> None:
     talk.lose(2)
     assert talk.recorded("lost") == []
     assert told(talk.say(1, "Exit")) == [(0, "AllGone"), (1, "AllGone")]
+
+
+def test_data_that_a_rank_was_still_sending_when_it_died_are_not_waited_for() -> None:
+    """Without backup workers an update is not begun anew; the rank had left as planned, and died before all had it."""
+    talk = talk_of(3, required=3)
+    for rank in range(3):
+        talk.arrive(rank, 0)
+    talk.say(2, "Done", step=0)
+    talk.say(2, "Exit")
+    talk.say(0, "Done", step=0)
+    failed = talk.lose(2)
+    assert told(failed) == [(0, "Failed"), (1, "Failed")]
+    assert "rank 2 has died, and step 0 of 'it' needs the rest of its data" in failed[0][1]["reason"]
+
+
+def test_a_collective_that_nobody_is_left_of_is_made_by_whoever_comes_to_it() -> None:
+    """Rank 0 is in a full collective meanwhile, so it could not contribute; it is told the outcome of its own call."""
+    talk = talk_of(2, "collective", required=1)
+    talk.say(0, "Pause")
+    talk.arrive(1, 0)
+    talk.lose(1)
+    assert talk.recorded("final") == []
+    said = talk.arrive(0, 0)
+    assert told(said) == [(0, "Late"), (0, "Decision")]
+    assert decisions(said)[0]["contributors"] == [0]
+    talk.say(0, "Done", step=0, attempt=1)
+    assert [final["step"] for final in talk.recorded("final")] == [0]
+
+
+def test_nobody_comes_to_it_any_more() -> None:
+    talk = talk_of(2, "collective", required=1)
+    talk.say(0, "Pause")
+    talk.arrive(1, 0)
+    talk.lose(1)
+    assert told(talk.say(0, "Exit")) == [(0, "AllGone")]
+
+
+def test_a_rank_whose_gradient_was_dropped_with_its_round_stands_in_in_the_next_one() -> None:
+    talk = talk_of(2, required=1)
+    talk.say(1, "Leave", round=0)
+    talk.follow(3, 3, round=1)
+    assert told(talk.arrive(0, 0, round=0)) == [(0, "Late")]  # it had begun before it knew
+    talk.arrive(1, 0, round=1)
+    talk.lose(1)
+    talk.say(0, "Sync", have=0, round=0)
+    talk.say(0, "BeginRound", round=1, length=3)
+    assert told(talk.say(0, "Sync", have=0, round=1)) == [(0, "Resume")]
+    assert decisions(talk.arrive(0, 0, round=1))[0]["contributors"] == [0]
+
+
+def test_i6_who_could_give_its_state_waits_for_the_rank_that_needs_it() -> None:
+    """Only rank 2 had the update, and rank 0 has got it from there; rank 1 has not, and all others meet without it."""
+    talk = talk_of(3, required=1, resync=True).open("collective", name="meeting", required=3)
+    talk.final(0, 2)
+    talk.say(0, "Sync", have=0)
+    talk.say(0, "Sync", have=1)
+    talk.say(1, "Sync", have=0)
+    assert "Failed" not in [kind for _, kind in told(talk.lose(2))]
+    assert told(talk.say(1, "Sync", have=0, lost=True)) == [(0, "Offer")]
+    talk.arrive(0, 0, channel=1)
+    failed = talk.say(0, "Waiting", channel=1, step=0)
+    assert told(failed) == [(0, "Failed"), (1, "Failed")]
+    assert "rank 1 needs the state of another rank" in failed[0][1]["reason"]
+    assert "all others wait for it in 'meeting'" in failed[0][1]["reason"]
+
+
+def test_who_could_give_its_state_waits_for_somebody_else() -> None:
+    talk = talk_of(3, required=1, resync=True).open("collective", name="meeting", required=3)
+    talk.final(0, 2)
+    talk.say(0, "Sync", have=1)
+    talk.say(1, "Sync", have=0)
+    talk.lose(2)
+    talk.say(1, "Sync", have=0, lost=True)
+    talk.arrive(1, 0, channel=1)  # an asynchronous one
+    talk.arrive(0, 0, channel=1)
+    assert "Failed" not in [kind for _, kind in told(talk.say(0, "Waiting", channel=1, step=0))]
+
+
+def test_a_rank_that_was_turned_away_stands_in_after_all() -> None:
+    """It had come out of phase, with its gradient for the one optimizer, when the others waited in the other one."""
+    talk = talk_of(3, required=2).open("training", name="other")
+    talk.arrive(1, 0)
+    talk.arrive(0, 0, channel=1)
+    for rank, channel in [(1, 0), (0, 1)]:
+        talk.say(rank, "Waiting", channel=channel, step=0)
+    assert [record["ranks"] for record in talk.recorded("dropped")] == [[0]]
+    talk.final(0, 1, 2)
+    talk.arrive(1, 0, channel=1)
+    talk.arrive(2, 0, channel=1)
+    talk.lose(2)
+    assert told(talk.say(0, "Sync", have=0, channel=1)) == [(0, "Resume")]
+    assert list(decisions(talk.arrive(0, 0, channel=1))) == [0, 1]
+
+
+def test_a_step_that_only_the_lost_rank_would_have_come_to() -> None:
+    talk = talk_of(3, required=1)
+    talk.follow(0, 1, 0)
+    talk.arrive(1, 0)
+    talk.lose(1)
+    assert talk.recorded("final")[0]["ranks"] == []
+    ((_, history),) = talk.say(0, "Sync", have=0)
+    assert [update["contributors"] for update in history["updates"]] == [[[]]]
+    assert told(talk.say(0, "Sync", have=1)) == [(0, "Over")]
+
+
+def test_an_update_that_only_the_lost_rank_had_besides_a_contributor_that_had_stopped() -> None:
+    talk = talk_of(2, required=1, grace_us=1000)
+    for rank in (0, 1):
+        talk.arrive(rank, 0)
+    talk.say(1, "Done", step=0)
+    talk.now += 2_000_000
+    talk.tick()
+    talk.now += 100_000
+    assert (0, "Late") in told(talk.tick())  # the others have it, which is rank 1 alone
+    failed = talk.lose(1)
+    assert told(failed) == [(0, "Failed")]
+    assert "update 0 of 'it' is lost with rank 1" in failed[0][1]["reason"]

@@ -154,7 +154,10 @@ def test_a_followed_round_begins_and_ends(framework: FakeFramework) -> None:
     framework.channel.step = 4
     assert framework.training.aligned()
     assert not framework.training.round_over()
+    framework.channel.round_end = 2
+    assert not framework.training.aligned(), "taken over from a later round, in which the others meet it"
     framework.channel.round_end = 4
+    assert framework.training.aligned()
     framework.channel.script = [FakeUpdate(step=4, contributors=[[1, 2, 3]]), OVER]
     assert framework.training.round_over()
     framework.log.clear()

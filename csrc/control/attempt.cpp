@@ -39,11 +39,16 @@ void Attempt::answered(int rank, const Progress& progress, TimeUs now) {
 bool Attempt::each_shard_has_keeper(const std::function<bool(int rank)>& keeps) const {
   const std::size_t k = contributors_.size();
   const auto is_there = [&](int rank) { return !lost_.contains(rank) && keeps(rank); };
-  if (keeps_whole_) return std::any_of(contributors_.begin(), contributors_.end(), is_there);
+  if (!whole_keepers_.empty()) return std::any_of(whole_keepers_.begin(), whole_keepers_.end(), is_there);
   for (std::size_t shard = 0; shard < k; ++shard) {
     if (!is_there(contributors_[shard]) && !is_there(contributors_[(shard + 1) % k])) return false;
   }
   return true;
+}
+
+void Attempt::keep_whole() {
+  whole_keepers_.clear();
+  for (const auto& [rank, since] : done_) whole_keepers_.push_back(rank);
 }
 
 bool Attempt::kept_by_all() const {

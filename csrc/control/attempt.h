@@ -52,8 +52,8 @@ class Attempt {
   void answered(int rank, const Progress& progress, TimeUs now);
   void lost(int rank) { lost_.insert(rank); }  // its process has died
   // Whoever has the result keeps all of it, because some contributors stay without.
-  void keeps_whole() { keeps_whole_ = true; }
-  bool is_kept_whole() const { return keeps_whole_; }
+  void keep_whole();
+  const Ranks& whole_keepers() const { return whole_keepers_; }  // these; empty: nobody does
 
   TimeUs began() const { return began_; }
   TimeUs overdue_at() const { return began_ + patience_us_; }
@@ -85,7 +85,7 @@ class Attempt {
   std::map<int, TimeUs> done_;
   std::set<int> kept_;
   std::set<int> lost_;
-  bool keeps_whole_ = false;
+  Ranks whole_keepers_;
   std::map<int, Question> asked_;
 };
 

@@ -136,15 +136,20 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
     arrivals.push_back(arrival);
     is_in[static_cast<std::size_t>(arrival.rank)] = true;
   }
+  const auto end = rounds_.planned_end(gone_);  // earlier than before, if who had the most steps has left
+  const bool comes_nobody = end && decision.step >= *end;
   int others = 0;
-  for (int r = 0; r < size_; ++r) others += !is_in[static_cast<std::size_t>(r)] && able(r, slot) ? 1 : 0;
+  for (int r = 0; r < size_ && !comes_nobody; ++r) {
+    others += !is_in[static_cast<std::size_t>(r)] && able(r, slot) ? 1 : 0;
+  }
   const int count = static_cast<int>(arrivals.size());
   // The last who could make it have died, or what is left is not finite: then it is empty.
   const bool all_died = std::all_of(given_up.begin(), given_up.end(), [this](const Arrival& arrival) {
     return ranks_[static_cast<std::size_t>(arrival.rank)].lost;
   });
   const bool nobody_is_left = count + others == 0 && (all_died || !slot.nonfinite.empty());
-  slot.is_short = !slot.broken && !nobody_is_left && count < needed_arrivals(decision.required, count, others);
+  const bool is_too_few = !slot.broken && !nobody_is_left && count < needed_arrivals(decision.required, count, others);
+  slot.is_short = is_too_few || (count == 0 && somebody_will_call());
   if (slot.is_short) return false;
   if (!given_up.empty()) put_given_up_on_record(Record::Event::replaced, slot, suspects, reason, now);
   for (const Arrival& arrival : slot.latecomers) {
@@ -162,6 +167,15 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
   for (const Arrival& arrival : slot.arrivals)
     answer(arrival.rank, now);  // who stands in does not wait for it any more
   return true;
+}
+
+// A collective has an outcome for whoever calls it: a rank that is in a full collective now will.
+bool ChannelBook::somebody_will_call() const {
+  if (kind_ != ChannelKind::collective) return false;
+  for (int r = 0; r < size_; ++r) {
+    if (!gone_[static_cast<std::size_t>(r)] && !ranks_[static_cast<std::size_t>(r)].joined) return true;
+  }
+  return false;
 }
 
 // event: replaced (in the next attempt) or stopped (this one is final without them).
@@ -189,7 +203,7 @@ void ChannelBook::falls_behind(int rank, const Decision& decision) {
 void ChannelBook::make_final(Slot& slot, const Ranks& stopped, TimeUs now) {
   const Decision& decision = *slot.decision;
   slot.is_final = true;
-  if (!stopped.empty()) slot.attempt.keeps_whole();
+  if (!stopped.empty()) slot.attempt.keep_whole();
   for (const int contributor : decision.contributors) {
     if (std::binary_search(stopped.begin(), stopped.end(), contributor)) {
       falls_behind(contributor, decision);
@@ -220,17 +234,18 @@ void ChannelBook::reopen_if_nobody_has_it(Slot& slot, TimeUs now) {
 }
 
 // An update of a scope that is decided for good: some rank still has to fetch it, but of one shard at least nobody who
-// keeps it lives. kept_whole: some contributors do not have it, and every keeper has all shards.
-bool ChannelBook::is_lost_to_somebody(Step step, const Ranks& contributors, bool kept_whole) const {
+// keeps it lives. whole_keepers: if there are any, they have all shards, and the other contributors have none.
+bool ChannelBook::is_lost_to_somebody(Step step, const Ranks& contributors, const Ranks& whole_keepers) const {
   const auto is_lost = [this](int rank) { return ranks_[static_cast<std::size_t>(rank)].lost; };
-  bool loses_shard = kept_whole && std::all_of(contributors.begin(), contributors.end(), is_lost);
-  for (std::size_t i = 0; !kept_whole && i < contributors.size(); ++i) {  // as in engine/journal.h
+  const bool by_shards = whole_keepers.empty();
+  bool loses_shard = !by_shards && std::all_of(whole_keepers.begin(), whole_keepers.end(), is_lost);
+  for (std::size_t i = 0; by_shards && i < contributors.size(); ++i) {  // as in engine/journal.h
     loses_shard = loses_shard || (is_lost(contributors[i]) && is_lost(contributors[(i + 1) % contributors.size()]));
   }
-  if (!loses_shard || contributors.empty()) return false;
+  if (!loses_shard) return false;
   for (int r = 0; r < size_; ++r) {
     const auto index = static_cast<std::size_t>(r);
-    const bool has_it = !kept_whole && std::binary_search(contributors.begin(), contributors.end(), r);
+    const bool has_it = by_shards && std::binary_search(contributors.begin(), contributors.end(), r);
     if (!gone_[index] && ranks_[index].applied <= step && !has_it) return true;
   }
   return false;
@@ -243,17 +258,28 @@ bool ChannelBook::somebody_has(Step step) const {
   return false;
 }
 
+// That has begun with this contributor, and cannot begin anew without it: some may not have all of its data yet.
+std::optional<Step> ChannelBook::step_that_needs(int rank) const {
+  for (const auto& [key, slot] : slots_) {
+    if (!slot.decision || slot.decision->votes || !slot.decision->result.empty() || slot.attempt.complete()) continue;
+    const Ranks& contributors = slot.decision->contributors;
+    if (std::binary_search(contributors.begin(), contributors.end(), rank)) return key.first;
+  }
+  return std::nullopt;
+}
+
 std::optional<Step> ChannelBook::unrecoverable() const {
   for (const PastUpdate& update : history_) {
     if (resyncs() && somebody_has(update.step)) continue;  // whose state the others take over
     for (std::size_t scope = 0; scope < update.contributors.size(); ++scope) {
-      const bool kept_whole = kept_whole_.contains({update.step, static_cast<int>(scope)});
-      if (is_lost_to_somebody(update.step, update.contributors[scope], kept_whole)) return update.step;
+      const auto found = whole_keepers_.find({update.step, static_cast<int>(scope)});
+      const Ranks keepers = found == whole_keepers_.end() ? Ranks{} : found->second;
+      if (is_lost_to_somebody(update.step, update.contributors[scope], keepers)) return update.step;
     }
   }
   for (const auto& [key, slot] : slots_) {
     const bool is_settled = slot.decision && !slot.broken && (slot.is_final || !slot.decision->votes);
-    if (is_settled && is_lost_to_somebody(key.first, slot.decision->contributors, slot.attempt.is_kept_whole())) {
+    if (is_settled && is_lost_to_somebody(key.first, slot.decision->contributors, slot.attempt.whole_keepers())) {
       return key.first;
     }
   }
@@ -270,13 +296,17 @@ bool ChannelBook::contributes(int rank, Step step) const {
   });
 }
 
-// An attempt at this step is given up, and this rank could contribute to the next one.
+// An attempt at this step is given up, and this rank could contribute to the next one, if it computed the step.
 bool ChannelBook::lacks(Step step, int rank) const {
-  if (kind_ != ChannelKind::training || ranks_[static_cast<std::size_t>(rank)].arrived >= step || !able(rank)) {
-    return false;
-  }
-  return std::any_of(slots_.lower_bound({step, 0}), slots_.lower_bound({step + 1, 0}),
-                     [](const auto& entry) { return entry.second.is_short && !entry.second.is_final; });
+  if (kind_ != ChannelKind::training || !able(rank)) return false;
+  const auto has_come = [rank](const std::vector<Arrival>& arrivals) {
+    return std::any_of(arrivals.begin(), arrivals.end(), [rank](const Arrival& each) { return each.rank == rank; });
+  };
+  return std::any_of(slots_.lower_bound({step, 0}), slots_.lower_bound({step + 1, 0}), [&](const auto& entry) {
+    const Slot& slot = entry.second;
+    return slot.is_short && !slot.is_final && able(rank, slot) && !has_come(slot.arrivals) &&
+           !has_come(slot.latecomers);
+  });
 }
 
 }  // namespace hvd_backup

@@ -351,7 +351,8 @@ void ChannelBook::finish_steps(TimeUs now) {
     out_.records.push_back(finished);
     if (chooser_) chooser_->measured(finished.squares, slots_[{final_, 0}].decision->weights);
     for (int scope = 0; scope < scopes_; ++scope) {
-      if (slots_[{final_, scope}].attempt.is_kept_whole()) kept_whole_.insert({final_, scope});
+      const Ranks& whole_keepers = slots_[{final_, scope}].attempt.whole_keepers();
+      if (!whole_keepers.empty()) whole_keepers_[{final_, scope}] = whole_keepers;
       slots_.erase({final_, scope});
     }
     history_.push_back(std::move(update));
@@ -362,7 +363,7 @@ void ChannelBook::finish_steps(TimeUs now) {
       history_.pop_front();
       ++history_first_;
     }
-    kept_whole_.erase(kept_whole_.begin(), kept_whole_.lower_bound({history_first_, 0}));
+    whole_keepers_.erase(whole_keepers_.begin(), whole_keepers_.lower_bound({history_first_, 0}));
   }
 }
 

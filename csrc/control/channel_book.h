@@ -83,6 +83,9 @@ class ChannelBook {
   // else.
   Ranks blocked() const;
   bool has_arrived(int rank) const;
+  // For Coordinator::end_starvation. Who waits for the state of another rank, which nobody has offered; and who could.
+  Ranks starving() const;
+  Ranks servers_of(int taker) const;
   bool is_short() const;  // an attempt that was given up waits for other ranks
   void turn_away(int rank, TimeUs now);
   void fail(const std::string& reason, TimeUs now);  // on all ranks, for good
@@ -174,6 +177,7 @@ class ChannelBook {
   bool watch_attempts(TimeUs now);
   bool watch(Slot& slot, TimeUs now);
   bool begin_next_attempt(Slot& slot, const Ranks& suspects, const std::string& reason, TimeUs now);
+  bool somebody_will_call() const;
   void put_given_up_on_record(Record::Event event, const Slot& slot, const Ranks& ranks, const std::string& reason,
                               TimeUs now);
   void falls_behind(int rank, const Decision& decision);
@@ -183,7 +187,8 @@ class ChannelBook {
   bool lacks(Step step, int rank) const;
   void reopen_if_nobody_has_it(Slot& slot, TimeUs now);
   bool somebody_has(Step step) const;
-  bool is_lost_to_somebody(Step step, const Ranks& contributors, bool kept_whole) const;
+  bool is_lost_to_somebody(Step step, const Ranks& contributors, const Ranks& whole_keepers) const;
+  std::optional<Step> step_that_needs(int rank) const;
   std::optional<Step> unrecoverable() const;
   bool resyncs() const;
   Step has(int rank) const;
@@ -206,6 +211,7 @@ class ChannelBook {
   void late(int to, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason);
   void tell_late(int to, Step step, int scope);
   void put_drop_on_record(int rank, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason);
+  static std::optional<Arrival> take_from(std::vector<Arrival>& arrivals, int rank);  // its own
   void dismiss_arrivals(TimeUs now, const std::string& reason);
   void look_again(TimeUs at);
   void watch_stall(TimeUs now);
@@ -236,8 +242,8 @@ class ChannelBook {
   Step open_step_ = 0;  // the first that is not decided in all its scopes
   Step final_ = 0;      // all steps before it are final
   std::map<SlotKey, Slot> slots_;
-  std::deque<PastUpdate> history_;  // steps [history_first_, final_)
-  std::set<SlotKey> kept_whole_;    // of these: every keeper has all shards
+  std::deque<PastUpdate> history_;          // steps [history_first_, final_)
+  std::map<SlotKey, Ranks> whole_keepers_;  // of these, who has all shards, where others have none
   Step history_first_ = 0;
   Step kept_from_ = 0;  // the journals hold what comes from here on: what was before has fallen out
   StateOffers offers_;

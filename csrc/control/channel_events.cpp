@@ -149,22 +149,23 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   settle(now);
 }
 
+std::optional<ChannelBook::Arrival> ChannelBook::take_from(std::vector<Arrival>& arrivals, int rank) {
+  const auto found =
+      std::find_if(arrivals.begin(), arrivals.end(), [rank](const Arrival& a) { return a.rank == rank; });
+  if (found == arrivals.end()) return std::nullopt;
+  Arrival taken = std::move(*found);
+  arrivals.erase(found);
+  return taken;
+}
+
 void ChannelBook::withdraw(int from, const Withdraw& message, TimeUs now) {
   const auto found = slots_.find({message.step, message.scope});
   if (found == slots_.end()) return;
   Slot& slot = found->second;
-  const auto take_from = [from](std::vector<Arrival>& arrivals) {
-    std::optional<Arrival> taken;
-    std::erase_if(arrivals, [&](const Arrival& arrival) {
-      if (arrival.rank == from) taken = arrival;
-      return arrival.rank == from;
-    });
-    return taken;
-  };
   const bool delivers = slot.decision && (slot.is_final || slot.attempt.has(from));
-  std::optional<Arrival> unused = take_from(slot.latecomers);
-  if (!unused && !slot.decision) unused = take_from(slot.arrivals);
-  const std::optional<Arrival> gradient = unused || delivers ? std::nullopt : take_from(slot.arrivals);
+  std::optional<Arrival> unused = take_from(slot.latecomers, from);
+  if (!unused && !slot.decision) unused = take_from(slot.arrivals, from);
+  const std::optional<Arrival> gradient = unused || delivers ? std::nullopt : take_from(slot.arrivals, from);
   if (!gradient) {
     if (unused) put_drop_on_record(from, unused->message, unused->at, now, withdrawn);
     settle(now);
@@ -231,10 +232,9 @@ void ChannelBook::turn_away(int rank, TimeUs now) {
   }
   ranks_[static_cast<std::size_t>(rank)].turned_away = true;
   for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
-    for (const Arrival& arrival : slot->second.arrivals) {
-      if (arrival.rank == rank) late(rank, arrival.message, arrival.at, now, "more ranks wait in another channel");
+    if (const auto arrival = take_from(slot->second.arrivals, rank)) {
+      late(rank, arrival->message, arrival->at, now, "more ranks wait in another channel");
     }
-    std::erase_if(slot->second.arrivals, [&](const Arrival& arrival) { return arrival.rank == rank; });
     if (std::erase(slot->second.nonfinite, rank) > 0) tell_late(rank, slot->first.first, slot->first.second);
   }
 }
@@ -351,19 +351,13 @@ void ChannelBook::gone(int from, const std::string& failure, TimeUs now) {
 
 void ChannelBook::lost(int from, TimeUs now) {
   ranks_[static_cast<std::size_t>(from)].lost = true;
-  const auto drop_its_own = [&](std::vector<Arrival>& arrivals) {
-    std::erase_if(arrivals, [&](const Arrival& arrival) {
-      if (arrival.rank == from) put_drop_on_record(from, arrival.message, arrival.at, now, died);
-      return arrival.rank == from;
-    });
-  };
   for (auto& [key, slot] : slots_) {
-    drop_its_own(slot.latecomers);
+    std::optional<Arrival> unused = take_from(slot.latecomers, from);
+    if (!unused && !slot.decision) unused = take_from(slot.arrivals, from);
+    if (unused) put_drop_on_record(from, unused->message, unused->at, now, died);
     if (slot.decision) {
       slot.attempt.lost(from);
       reopen_if_nobody_has_it(slot, now);
-    } else {
-      drop_its_own(slot.arrivals);
     }
   }
   offers_.died(from);
@@ -372,7 +366,12 @@ void ChannelBook::lost(int from, TimeUs now) {
   } else {
     gone(from, died, now);
   }
-  if (const auto step = unrecoverable(); step && failure_.empty()) {
+  if (!failure_.empty()) return;
+  if (const auto step = step_that_needs(from)) {
+    fail("rank " + std::to_string(from) + " has died, and step " + std::to_string(*step) + " of '" + name_ +
+             "' needs the rest of its data: it cannot be made without one of its contributors",
+         now);
+  } else if (const auto step = unrecoverable()) {
     fail("update " + std::to_string(*step) + " of '" + name_ + "' is lost with rank " + std::to_string(from) +
              ": who had it has died, and ranks that were late need it",
          now);

@@ -164,15 +164,30 @@ void ChannelBook::ask(int server, TimeUs now) {
   out_.replies.push_back({server, Offer{id_}});
 }
 
+Ranks ChannelBook::starving() const {
+  Ranks starving;
+  for (int r = 0; failure_.empty() && r < size_; ++r) {
+    if (needs_state(r) && offers_.find(r, needed_from(r)) == nullptr && !offers_.is_taking(r)) starving.push_back(r);
+  }
+  return starving;
+}
+
+Ranks ChannelBook::servers_of(int taker) const {
+  Ranks servers;
+  for (int r = 0; r < size_; ++r) {
+    const bool serves = ranks_[static_cast<std::size_t>(r)].opened && !gone_[static_cast<std::size_t>(r)];
+    if (serves && r != taker && has(r) >= needed_from(taker)) servers.push_back(r);
+  }
+  return servers;
+}
+
 // Best one that has not let the taker down, and contributes to the newest update, so it goes on anyway; of those the
 // last, so that rank 0 is spared.
 std::optional<int> ChannelBook::next_server(int taker) const {
   std::optional<int> best;
   int best_points = 0;
-  for (int r = 0; r < size_; ++r) {
-    const bool serves = ranks_[static_cast<std::size_t>(r)].opened && !gone_[static_cast<std::size_t>(r)] &&
-                        r != taker && has(r) >= needed_from(taker) && !offers_.is_asked(r);
-    if (!serves) continue;
+  for (const int r : servers_of(taker)) {
+    if (offers_.is_asked(r)) continue;
     const bool contributes = ranks_[static_cast<std::size_t>(r)].contributed_to + 1 == final_;
     const int points = 2 * (offers_.has_given(r, taker) ? 0 : 1) + (contributes ? 1 : 0);
     if (best && points < best_points) continue;

@@ -48,6 +48,7 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
           book(body.channel).waiting(from, body);
           untangle(now);
           end_deadlock(now);
+          end_starvation(now);
         } else if constexpr (std::is_same_v<Body, Done>) {
           book(body.channel).done(from, body, now);
         } else if constexpr (std::is_same_v<Body, Kept>) {
@@ -173,6 +174,30 @@ void Coordinator::end_deadlock(TimeUs now) {
   }
 }
 
+// Some rank needs the state of another one, and who could give it waits for that very rank in a collective of all.
+void Coordinator::end_starvation(TimeUs now) {
+  for (auto& channel : books_) {
+    for (const int taker : channel->starving()) {
+      const Ranks servers = channel->servers_of(taker);
+      std::string where;
+      const auto waits = [&](int server) {
+        return std::any_of(books_.begin(), books_.end(), [&](const auto& each) {
+          if (!each->strict() || each->has_arrived(taker)) return false;
+          const Ranks blocked = each->blocked();
+          where = each->name();
+          return std::find(blocked.begin(), blocked.end(), server) != blocked.end();
+        });
+      };
+      if (servers.empty() || !std::all_of(servers.begin(), servers.end(), waits)) continue;
+      channel->fail("rank " + std::to_string(taker) + " needs the state of another rank, because whoever kept an " +
+                        "update that it has missed has died, and all others wait for it in '" + where +
+                        "': begin anew from a checkpoint",
+                    now);
+      break;
+    }
+  }
+}
+
 void Coordinator::pause(int from, bool paused, TimeUs now) {
   paused_[static_cast<std::size_t>(from)] = paused;
   for (auto& channel : books_) {
@@ -228,6 +253,7 @@ void Coordinator::lost(int rank, TimeUs now) {
   release_met(now);
   untangle(now);
   end_deadlock(now);
+  end_starvation(now);
   end_if_all_gone();
 }
 
@@ -243,6 +269,7 @@ void Coordinator::tick(TimeUs now) {
     if (channel->next_deadline() && *channel->next_deadline() <= now) channel->tick(now);
   }
   if (std::any_of(books_.begin(), books_.end(), [](const auto& channel) { return channel->is_short(); })) untangle(now);
+  end_starvation(now);
   release_met(now);
 }
 

@@ -50,6 +50,7 @@ class Coordinator {
   void open(int from, const Open& message, TimeUs now);
   void untangle(TimeUs now);
   void end_deadlock(TimeUs now);
+  void end_starvation(TimeUs now);
   void pause(int from, bool paused, TimeUs now);
   void join(int from, TimeUs now);
   void release_joined(TimeUs now);
