@@ -29,7 +29,9 @@ class Witness:
         self.followed: set[str] = set()
         self.paused: set[int] = set()
         self.joined: set[int] = set()
+        self.waits: dict[int, str] = {}  # who has said so, and in which channel
         self.contributors: dict[Key, list[int]] = {}  # of the last decision, without who has withdrawn since
+        self.newest = dict.fromkeys(world.specs, 0)  # step that was decided, in a scope at least
         self.left: dict[Key, set[int]] = {}  # who has withdrawn after the decision
         self.attempts = 0
         self.excused: dict[Key, set[int]] = {}  # who could not contribute to it
@@ -68,6 +70,10 @@ class Witness:
             self.away[name].discard(r)
             if not self._is_of_all(self.world.specs[name]):
                 self.paused.discard(r)
+        if kind in ("Arrive", "Sync", "BeginRound", "Away", "Leave"):
+            self.waits.pop(r, None)
+        if kind == "Waiting":
+            self.waits[r] = name
         elif kind == "Exit":
             self.gone.add(r)
         elif kind == "Pause":
@@ -166,11 +172,15 @@ class Witness:
         excused = self.away[name] | self.gone
         if spec.kind == "collective":
             excused |= self.joined | (set() if self._is_of_all(spec) else self.paused)
-        excused = excused | self.nonfinite.get(key, set())
+        spoiled = self.nonfinite.get(key, set())
+        # A step that has begun, and cannot be finished: those who could wait in another channel for this one's ranks.
+        elsewhere = {r for r, where in self.waits.items() if where != name} if spoiled and spec.scopes > 1 else set()
+        excused = excused | spoiled | elsewhere
         self.excused[key] = excused
         earlier = self.contributors.get(key, [])
         died_with_it = bool(earlier) and all(self.world.ranks[r].dead for r in earlier)
         self.contributors[key] = record["ranks"]
+        self.newest[name] = max(self.newest[name], step)
         check(not self.nonfinite.get(key, set()) & set(record["ranks"]), f"I3: a gradient that is not finite: {record}")
         check(all(base == step for base in record["bases"]), f"I2: {record}")
         able = set(range(self.world.size)) - excused - set(record["ranks"])

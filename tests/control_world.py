@@ -57,6 +57,7 @@ class World:
         self._truth: dict[str, list[Applied]] = {}
         self.trainings = sum(spec.kind == "training" for spec in specs)
         self._witness = Witness(self)
+        self._deadline: int | None = None  # of the coordinator
 
     # --- for programs and lines ---
 
@@ -105,8 +106,7 @@ class World:
 
     def kept_from(self, spec: ChannelSpec) -> int:
         """The first update that the journals must hold."""
-        newest = max((step for name, step, _ in self._witness.contributors if name == spec.name), default=0)
-        return newest + 1 - spec.max_lag if spec.resyncs(self.size) else 0
+        return self._witness.newest[spec.name] + 1 - spec.max_lag if spec.resyncs(self.size) else 0
 
     def contributors_left(self, spec: ChannelSpec, step: int) -> list[list[int] | None]:
         """For each scope of an update who is in it, without who has withdrawn; None: not decided."""
@@ -127,25 +127,28 @@ class World:
         choice, rare = choice // RARE, choice % RARE == RARE - 1
         events = self._events()
         asleep = any(rank.stopped and not rank.dead for rank in self.ranks)
-        if not events and self.coordinator.next_deadline() is None and not asleep:
+        if not events and self._deadline is None and not asleep:
             return False
         if rare or not events:
             events = self._rare_events(choice)
         self._happen(events[choice % len(events)])
         return True
 
-    def settle(self, resume: bool = True, limit: int = 200_000) -> None:
+    def settle(self, resume: bool = True, limit: int = 50_000) -> None:
         """Everything goes on in turn until nothing can happen any more (I6). resume: stopped ranks go on, too."""
         for rank in self.ranks:
             rank.stopped = rank.dead or (rank.stopped and not resume)
         for turn in range(limit):
-            events = self._events()
-            if not events:
-                if self.coordinator.next_deadline() is None:
+            nothing_happens = True
+            for rank in self.ranks:
+                if events := self._events_of(rank):
+                    self._happen(events[turn % len(events)])
+                    nothing_happens = False
+            if nothing_happens:
+                if self._deadline is None:
                     return
-                events = [(("time passes",), self._pass_time)]
-            self._happen(events[turn % len(events)])
-        check(False, f"I6: still busy after {limit} events")
+                self._happen((("time passes",), self._pass_time))
+        check(False, f"I6: still busy after {limit} rounds")
 
     def check_end(self) -> None:
         """I6, after settle(): every program has ended, and everybody knows."""
@@ -163,34 +166,37 @@ class World:
 
     def _events(self) -> list[Event]:
         """What can happen next."""
+        return [event for rank in self.ranks for event in self._events_of(rank)]
+
+    def _events_of(self, rank: Rank) -> list[Event]:
         out: list[Event] = []
-        for r, rank in enumerate(self.ranks):
-            if self._to_coordinator[r]:
-                out.append((("coordinator hears rank", r), lambda r=r: self._hear(r)))
-            if rank.dead and not rank.found_dead:
-                out.append((("is found dead: rank", r), lambda r=r: self._find_dead(r)))
-            if rank.stopped:
-                continue
-            if self._to_member[r]:
-                out.append((("hears: rank", r), lambda r=r: self._deliver(r)))
-            for name, line in rank.lines.items():
-                for scope, decision in line.reductions.items():
-                    if line.can_complete(scope):
-                        what = ("has reduced: rank", r, name, "step", decision["step"], "scope", scope)
-                        out.append((what, lambda line=line, scope=scope: self._at(line, lambda: line.complete(scope))))
-                if line.missed and line.can_fetch():
-                    what = ("has fetched: rank", r, name, "step", line.missed["step"])
-                    out.append((what, lambda line=line: self._at(line, line.fetch)))
-                for resync in line.pulls:
-                    server = resync["server"]
-                    what = ("has the state: rank", r, name, "of rank", server, "at step", resync["step"])
-                    if not self.ranks[server].stopped:
-                        out.append((what, lambda line=line, resync=resync: self._at(line, lambda: line.pull(resync))))
-                    elif resync not in line.told_lost:
-                        what = ("misses the state: rank", r, name, "of rank", server, "at step", resync["step"])
-                        out.append((what, lambda line=line, resync=resync: self._at(line, lambda: line.lose(resync))))
-            if rank.program is not None and rank.ready:
-                out.append((("program goes on:", r), lambda r=r: self._run(r)))
+        r = rank.rank
+        if self._to_coordinator[r]:
+            out.append((("coordinator hears rank", r), lambda: self._hear(r)))
+        if rank.dead and not rank.found_dead:
+            out.append((("is found dead: rank", r), lambda: self._find_dead(r)))
+        if rank.stopped:
+            return out
+        if self._to_member[r]:
+            out.append((("hears: rank", r), lambda: self._deliver(r)))
+        for name, line in rank.lines.items():
+            for scope, decision in line.reductions.items():
+                if line.can_complete(scope):
+                    what = ("has reduced: rank", r, name, "step", decision["step"], "scope", scope)
+                    out.append((what, lambda line=line, scope=scope: self._at(line, lambda: line.complete(scope))))
+            if line.missed and line.can_fetch():
+                what = ("has fetched: rank", r, name, "step", line.missed["step"])
+                out.append((what, lambda line=line: self._at(line, line.fetch)))
+            for resync in line.pulls:
+                server = resync["server"]
+                what = ("has the state: rank", r, name, "of rank", server, "at step", resync["step"])
+                if not self.ranks[server].stopped:
+                    out.append((what, lambda line=line, resync=resync: self._at(line, lambda: line.pull(resync))))
+                elif resync not in line.told_lost:
+                    what = ("misses the state: rank", r, name, "of rank", server, "at step", resync["step"])
+                    out.append((what, lambda line=line, resync=resync: self._at(line, lambda: line.lose(resync))))
+        if rank.program is not None and rank.ready:
+            out.append((("program goes on:", r), lambda: self._run(r)))
         return out
 
     def _rare_events(self, choice: int) -> list[Event]:
@@ -222,16 +228,14 @@ class World:
         self.log.append((self.now, *what))
         action()
         self.now += EVENT_US
-        deadline = self.coordinator.next_deadline()
-        if deadline is not None and deadline <= self.now:
+        if self._deadline is not None and self._deadline <= self.now:
             self.coordinator.tick(self.now)
-        self._take_from_coordinator()
+            self._take_from_coordinator()
 
     # --- events ---
 
     def _pass_time(self) -> None:
-        deadline = self.coordinator.next_deadline()
-        self.now = max(self.now, deadline) if deadline is not None else self.now + 100 * EVENT_US
+        self.now = max(self.now, self._deadline) if self._deadline is not None else self.now + 100 * EVENT_US
 
     def _run(self, r: int) -> None:
         rank = self.ranks[r]
@@ -274,6 +278,7 @@ class World:
         self._to_member[r].clear()
         self._witness.gone.add(r)
         self.coordinator.lost(r, self.now)
+        self._take_from_coordinator()
         self._wake()
 
     def _hear(self, r: int) -> None:
@@ -286,11 +291,11 @@ class World:
         self.log.append(body)
         self._witness.hear(r, body)
         self.coordinator.receive(r, message, self.now)
+        self._take_from_coordinator()
 
     def _take_from_coordinator(self) -> None:
+        self._deadline = self.coordinator.next_deadline()
         replies, records = self.coordinator.take_replies(), self.coordinator.take_records()
-        if not replies and not records:
-            return
         self.log += records
         self._witness.records(records)
         self._witness.replies([(to, describe(message)) for to, message in replies])

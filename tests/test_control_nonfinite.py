@@ -149,3 +149,26 @@ def test_a_member_says_so_when_any_bucket_of_the_scope_is_not_finite() -> None:
     member.submit(1)
     told_of = [describe(message) for message in member.take_messages()]
     assert {each["scope"]: each["finite"] for each in told_of} == {0: False, 1: True}
+
+
+@pytest.mark.parametrize("third", ["waits with them", "is on its way"])
+def test_i6_two_optimizers_that_wait_for_a_finite_gradient_in_one_bucket_each(third: str) -> None:
+    """Each step is decided in its other bucket, so that no gradient of it can be dropped and made again."""
+    talk = Talk(3).open(required=1).open("training", name="other", required=1)
+    for rank, channel in [(0, 0), (1, 1)]:
+        spoiled(talk, rank, 0, channel=channel, scopes=2, buckets=2)
+        talk.arrive(rank, 0, channel=channel, scope=1, scopes=2, buckets=2)
+        talk.say(rank, "Done", channel=channel, step=0, scope=1)
+    if third == "waits with them":
+        spoiled(talk, 2, 0, channel=1, scopes=2, buckets=2)
+        talk.arrive(2, 0, channel=1, scope=1, scopes=2, buckets=2)
+        talk.say(2, "Waiting", channel=1, step=0)
+    said = talk.say(1, "Waiting", channel=1, step=0) + talk.say(0, "Waiting", channel=0, step=0)
+    if third == "is on its way":
+        assert said == [], "it can contribute to either"
+        return
+    assert told(said) == [(1, "Late"), (2, "Late")], "they go on, and come to where rank 0 is"
+    assert [(each["channel"], each["ranks"]) for each in talk.recorded("decision") if each["scope"] == 0] == [
+        ("other", [])
+    ]
+    assert "all others wait in another channel" in talk.recorded("decision")[-1]["reason"]

@@ -86,8 +86,11 @@ class ChannelBook {
   // For Coordinator::end_starvation. Who waits for the state of another rank, which nobody has offered; and who could.
   Ranks starving() const;
   Ranks servers_of(int taker) const;
-  bool is_short() const;  // an attempt that was given up waits for other ranks
-  void turn_away(int rank, TimeUs now);
+  bool is_short() const;                 // an attempt that was given up waits for other ranks
+  bool turn_away(int rank, TimeUs now);  // false: a step that has begun goes on
+  // The open step is decided in one scope, and in another there are too few finite gradients: it is made of these, if all
+  // who could contribute to it are `elsewhere` (in order). Returns whether it is.
+  bool decide_without(const Ranks& elsewhere, TimeUs now);
   void fail(const std::string& reason, TimeUs now);  // on all ranks, for good
   Step open_step() const { return open_step_; }
   ChannelFacts facts() const { return {open_step_, resyncs() ? 0 : history_first_, rounds_.current()}; }

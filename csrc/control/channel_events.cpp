@@ -226,9 +226,9 @@ bool ChannelBook::anybody_waits() const {
   });
 }
 
-void ChannelBook::turn_away(int rank, TimeUs now) {
+bool ChannelBook::turn_away(int rank, TimeUs now) {
   for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
-    if (slot->second.decision) return;  // a step that has begun goes on
+    if (slot->second.decision) return false;
   }
   ranks_[static_cast<std::size_t>(rank)].turned_away = true;
   for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
@@ -237,6 +237,30 @@ void ChannelBook::turn_away(int rank, TimeUs now) {
     }
     if (std::erase(slot->second.nonfinite, rank) > 0) tell_late(rank, slot->first.first, slot->first.second);
   }
+  return true;
+}
+
+bool ChannelBook::decide_without(const Ranks& elsewhere, TimeUs now) {
+  bool has_begun = false;
+  for (int scope = 0; scope < scopes_; ++scope) {
+    const Slot& slot = slots_[{open_step_, scope}];
+    has_begun = has_begun || slot.decision;
+    Ranks come = slot.nonfinite;
+    for (const Arrival& arrival : slot.arrivals) come.push_back(arrival.rank);
+    for (int r = 0; !slot.decision && r < size_; ++r) {
+      const bool is_missing = able(r) && std::find(come.begin(), come.end(), r) == come.end();
+      if (is_missing && !std::binary_search(elsewhere.begin(), elsewhere.end(), r)) return false;
+    }
+  }
+  if (!has_begun || held(now)) return false;
+  for (int scope = 0; scope < scopes_; ++scope) {
+    Slot& slot = slots_[{open_step_, scope}];
+    if (!slot.decision)
+      decide(scope, slot, "too few gradients are finite, and all others wait in another channel", now);
+  }
+  advance_open_step(now);
+  settle(now);
+  return true;
 }
 
 void ChannelBook::done(int from, const Done& message, TimeUs now) {

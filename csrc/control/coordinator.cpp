@@ -118,7 +118,9 @@ void Coordinator::open(int from, const Open& message, TimeUs now) {
 // others wait in the first one's, and enough of them would wait for each other for ever. All ranks run the same
 // program, so when some are blocked in one channel and some in another, without a gradient in the first, the fewer
 // are out of phase: their gradients are dropped, and they go on to where the others are. An attempt that waits for
-// another rank to stand in can't be dropped, so there the others are out of phase, however many they are.
+// another rank to stand in can't be dropped, so there the others are out of phase, however many they are. Nor can a
+// gradient of a step that is decided in another scope, and waits for more that are finite in this one: if none can be
+// dropped, such a step is made of what is there.
 void Coordinator::untangle(TimeUs now) {
   ChannelBook* most = nullptr;
   std::vector<std::pair<ChannelBook*, Ranks>> blocked;
@@ -138,11 +140,20 @@ void Coordinator::untangle(TimeUs now) {
       count = ranks.size();
     }
   }
+  bool goes_on = false;
   for (const auto& [channel, ranks] : blocked) {
     if (channel == most) continue;
     for (const int rank : ranks) {
-      if (!most->has_arrived(rank)) channel->turn_away(rank, now);
+      if (!most->has_arrived(rank)) goes_on = channel->turn_away(rank, now) || goes_on;
     }
+  }
+  for (auto each = blocked.begin(); !goes_on && each != blocked.end(); ++each) {
+    Ranks elsewhere;
+    for (const auto& [channel, ranks] : blocked) {
+      if (channel != each->first) elsewhere.insert(elsewhere.end(), ranks.begin(), ranks.end());
+    }
+    std::sort(elsewhere.begin(), elsewhere.end());
+    goes_on = each->first->decide_without(elsewhere, now);
   }
 }
 
