@@ -88,8 +88,8 @@ class ChannelBook {
   Ranks servers_of(int taker) const;
   bool is_short() const;                 // an attempt that was given up waits for other ranks
   bool turn_away(int rank, TimeUs now);  // false: a step that has begun goes on
-  // The open step is decided in one scope, and in another there are too few finite gradients: it is made of these, if all
-  // who could contribute to it are `elsewhere` (in order). Returns whether it is.
+  // The open step is decided in one scope, and in another there are too few finite gradients: it is made of those that
+  // there are, if all who could contribute to it are `elsewhere` (in order). Returns whether it is.
   bool decide_without(const Ranks& elsewhere, TimeUs now);
   void fail(const std::string& reason, TimeUs now);  // on all ranks, for good
   Step open_step() const { return open_step_; }
