@@ -130,7 +130,7 @@ def test_residuals_are_added_after_scaling() -> None:
     bucket = Buckets([parameter], [0], 100).all[0]
     for value, used, expected in ((1.0, False, 0.5), (1.0, False, 1.0), (3.0, True, 2.5), (1.0, True, 0.5)):
         bucket.contribution.fill_(value)
-        bucket.finish_contribution(prescale=0.5)
+        bucket.send(prescale=0.5)
         assert bucket.contribution.tolist() == [expected] * 2
         bucket.keep_residual(used, finite=True)
         if not used:

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hvd_backup.torch as hvd
 from hvd_backup import faults
+from tests.delayed_transfers import DelayedTransfers, use
 from tests.launch import run_ranks
 from tests.torch_training import batch, digest, loss_of, make_model
 
@@ -373,12 +374,15 @@ COMPARED = [
 ]
 
 
-def run_cases(names: list[str]) -> dict[str, dict[str, Any]]:
+def run_cases(names: list[str], staged: bool = False) -> dict[str, dict[str, Any]]:
+    """staged: on some ranks gradients travel as if they lay on a GPU."""
     faults.inject(
         faults.Delay(rank="rotate:5", ms=9, p=0.6, seed=1),
         faults.Delay(rank="*", ms=3, p=0.3, distribution="exponential", seed=2),
     )
     hvd.init()
+    if staged and hvd.rank() % 2:
+        use(DelayedTransfers())
     outcomes = {}
     for name in names:
         case = Case(name)
@@ -402,6 +406,11 @@ def outcomes() -> list[dict[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_all_ranks_end_with_the_same_bits(name: str, outcomes: list[dict[str, dict[str, Any]]]) -> None:
+    check_same(name, outcomes)
+
+
+def check_same(name: str, outcomes: list[dict[str, dict[str, Any]]]) -> None:
+    """All ranks have made the same updates, and those have trained the model."""
     of_rank = [outcome[name] for outcome in outcomes]
     first = of_rank[0]
     for other in of_rank[1:]:
@@ -412,6 +421,25 @@ def test_all_ranks_end_with_the_same_bits(name: str, outcomes: list[dict[str, di
         assert sum(each["dropped"] for each in of_rank) > 0, "nobody was ever late"
     finite = [loss for loss in first["losses"] if loss < float("inf")]
     assert sum(finite[-4:]) < sum(finite[:4])
+
+
+STAGED = [
+    *("clip by norm", "clip between, compressed", "other gradients between", "GradScaler as with Horovod"),
+    *("accumulation", "group added later", "unused parameters", "groups", "sparse gradients", "Adam"),
+]
+
+
+@pytest.fixture(scope="module")
+def staged_outcomes() -> list[dict[str, dict[str, Any]]]:
+    """The same where half of the ranks have their gradients on a stand-in for a GPU (test_torch_staging.py)."""
+    return run_ranks(4, run_cases, [STAGED, True], timeout_s=240)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_ranks_with_and_without_a_gpu_end_with_the_same_bits(
+    name: str, staged_outcomes: list[dict[str, dict[str, Any]]]
+) -> None:
+    check_same(name, staged_outcomes)
 
 
 @pytest.mark.parametrize("name", COMPARED)

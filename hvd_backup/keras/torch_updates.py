@@ -21,6 +21,7 @@ from hvd_backup.errors import UsageError
 from hvd_backup.keras.updates import Appliable, KerasUpdates, UpdateOptions, name_of
 from hvd_backup.policy import Policy
 from hvd_backup.torch.buckets import DTYPES, Buckets, gradients_kept
+from hvd_backup.torch.staging import is_supported
 from hvd_backup.training import Training
 
 __all__ = ["TorchUpdates"]
@@ -45,10 +46,10 @@ class TorchUpdates(KerasUpdates):
 
     def _prepare(self, gradient: Any, variable: Any) -> torch.Tensor:
         parameter, name = variable.value, name_of(variable)
-        if parameter.device.type != "cpu" or parameter.dtype not in DTYPES:
+        if not is_supported(parameter.device) or parameter.dtype not in DTYPES:
             raise UsageError(
                 f"variable {name} is {parameter.dtype} on {parameter.device}: supported are "
-                f"{', '.join(DTYPES.values())} on the CPU (KERAS_TORCH_DEVICE=cpu)"
+                f"{', '.join(DTYPES.values())} on the CPU or CUDA"
             )
         given: torch.Tensor = gradient
         if given.shape != parameter.shape:
@@ -79,10 +80,10 @@ class TorchUpdates(KerasUpdates):
                 self._parameters[index].grad = gradient
                 number = self._buckets.pack(index, show=False)
                 if number is not None:
-                    bucket = self._buckets.all[number]
-                    bucket.finish_contribution(self._options.prescale)
-                    self.training.contribute(self._metadata)
-                    self.training.submit(number, bucket.contribution.data_ptr(), bucket.result.data_ptr())
+                    self._buckets.send(number, self._options.prescale)
+            for packed in self._buckets.take_sent(wait=True):
+                self.training.contribute(self._metadata)
+                self.training.submit(*packed)
             self._buckets.start_afresh()
             self.training.catch_up()
             self.training.complete()
@@ -104,6 +105,7 @@ class TorchUpdates(KerasUpdates):
         """See Framework."""
         assert self._buckets is not None
         self._buckets.settle_results()
+        self._buckets.store_results()
 
     def apply(self) -> None:
         """See Framework."""
@@ -111,6 +113,8 @@ class TorchUpdates(KerasUpdates):
 
     def applied(self) -> None:
         """See Framework."""
+        assert self._buckets is not None
+        self._buckets.results_loaded()
 
     def outside_step(self) -> AbstractContextManager[None]:
         """See Framework."""

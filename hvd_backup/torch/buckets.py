@@ -3,26 +3,36 @@
 One buffer of a bucket holds this rank's contribution, the other takes the result; they change roles after each step. So
 the averaged gradients that p.grad shows after step() lie where the next contribution is made, and a gradient that
 autograd accumulates into them in place (zero_grad(set_to_none=False), gradient_as_bucket_view) needs no copy at all,
-while the engine never writes into a buffer that p.grad shows outside of step().
+while the engine never writes into a buffer that p.grad shows outside of step(). On a GPU, each has a twin in host
+memory for the engine (staging.py).
 
 It knows no engine and no steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from hvd_backup.errors import ConfigError
+from hvd_backup.torch import staging
 from hvd_backup.torch.compression import NoneCompressor
 
 __all__ = ["DTYPES", "Bucket", "Buckets", "Wire", "dense_strides", "gradients_kept", "plan"]
 
 # Names as the engine has them.
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
+
+
+_Kind = tuple[torch.dtype, torch.device]
+
+
+def _kind(parameter: torch.Tensor) -> _Kind:
+    return parameter.dtype, parameter.device
 
 
 def plan(
@@ -37,26 +47,26 @@ def plan(
         parameters: in the order of the optimizer's groups.
         order: their indices, in the order in which gradients become ready.
         bucket_bytes: a bucket is closed before it exceeds this; a larger gradient has a bucket of its own.
-        groups: the buckets that the user wants, as indices; those in none have a bucket of their own. Of one dtype each
-            after all.
+        groups: the buckets that the user wants, as indices; those in none have a bucket of their own. Of one dtype and
+            device each after all.
 
     Returns:
-        Buckets of indices, of one dtype each, in the order in which they become complete.
+        Buckets of indices, of one dtype and device each, in the order in which they become complete.
     """
     if groups is not None:
         return _plan_groups(parameters, order, groups)
     closed: list[list[int]] = []
-    growing: dict[torch.dtype, list[int]] = {}
-    sizes: dict[torch.dtype, int] = {}
+    growing: dict[_Kind, list[int]] = {}
+    sizes: dict[_Kind, int] = {}
     for index in order:
-        dtype = parameters[index].dtype
+        kind = _kind(parameters[index])
         size = parameters[index].numel() * parameters[index].element_size()
-        if growing.get(dtype) and sizes[dtype] + size > bucket_bytes:
-            closed.append(growing.pop(dtype))
-        if dtype not in growing:
-            growing[dtype], sizes[dtype] = [], 0
-        growing[dtype].append(index)
-        sizes[dtype] += size
+        if growing.get(kind) and sizes[kind] + size > bucket_bytes:
+            closed.append(growing.pop(kind))
+        if kind not in growing:
+            growing[kind], sizes[kind] = [], 0
+        growing[kind].append(index)
+        sizes[kind] += size
     closed.extend(sorted(growing.values(), key=lambda bucket: order.index(bucket[-1])))
     return closed
 
@@ -65,9 +75,9 @@ def _plan_groups(
     parameters: Sequence[torch.Tensor], order: Sequence[int], groups: Sequence[Sequence[int]]
 ) -> list[list[int]]:
     of = {index: number for number, group in enumerate(groups) for index in group}
-    buckets: dict[tuple[int, torch.dtype], list[int]] = {}
+    buckets: dict[tuple[int, _Kind], list[int]] = {}
     for index in order:
-        buckets.setdefault((of.get(index, -1 - index), parameters[index].dtype), []).append(index)
+        buckets.setdefault((of.get(index, -1 - index), _kind(parameters[index])), []).append(index)
     return sorted(buckets.values(), key=lambda bucket: order.index(bucket[-1]))
 
 
@@ -131,7 +141,8 @@ class Bucket:
 
     Attributes:
         members: indices of its parameters, in the order in which their gradients lie in it.
-        contribution, result: the buffers, one-dimensional.
+        contribution, result: the buffers, one-dimensional, on the parameters' device.
+        sent, received: those in host memory that the engine reads and writes; on the CPU the same.
         contribution_views, result_views: a tensor for each member, of its parameter's shape and strides. They
             share memory with the buffer but count their in-place changes (`_version`) each for itself.
         residual: what of this rank's gradients has been dropped and is to be added to the next contribution, or None.
@@ -140,34 +151,80 @@ class Bucket:
 
     def __init__(self, members: list[int], parameters: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
         self.members = members
+        self._device = parameters[members[0]].device
+        self._transfers = staging.transfers_of(self._device)
         elements = sum(parameters[index].numel() for index in members)
-        self.contribution = torch.zeros(elements, dtype=dtype)
-        self.result = torch.zeros(elements, dtype=dtype)
+        self.contribution, self.sent = self._buffers(elements, dtype)
+        self.result, self.received = self._buffers(elements, dtype)
         self.contribution_views = self._views(self.contribution, parameters)
         self.result_views = self._views(self.result, parameters)
         self.residual: torch.Tensor | None = None
         self.unpacked = len(members)
+        self._packed_on: set[Hashable] = set()  # streams
+        self._sending: staging.Copy | None = None
+        self._loading: staging.Copy | None = None
+
+    def _buffers(self, elements: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        buffer = torch.zeros(elements, dtype=dtype, device=self._device)
+        return buffer, buffer if self._transfers is None else self._transfers.host_memory(elements, dtype)
 
     def _views(self, buffer: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         views, offset = [], 0
         for index in self.members:
             parameter = parameters[index]
-            view = torch.empty(0, dtype=buffer.dtype)
+            view = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
             views.append(view.set_(buffer.untyped_storage(), offset, parameter.shape, dense_strides(parameter)))
             offset += parameter.numel()
         return views
+
+    def packed(self) -> None:
+        """One more gradient is there: or will be, when the stream has come to it."""
+        self.unpacked -= 1
+        if self._transfers is not None:
+            self._packed_on.add(self._transfers.stream())
 
     def exchange_roles(self) -> None:
         """The result becomes the next contribution's buffer, and the other way round."""
         self.contribution, self.result = self.result, self.contribution
         self.contribution_views, self.result_views = self.result_views, self.contribution_views
+        self.sent, self.received = self.received, self.sent
 
-    def finish_contribution(self, prescale: float) -> None:
-        """Scales what has been packed, and adds what was dropped before."""
+    def send(self, prescale: float) -> None:
+        """Scales what has been packed, adds what was dropped before, and starts on its way to `sent`."""
+        if self._transfers is not None:
+            self._transfers.gather(self._packed_on)
+            self._packed_on.clear()
         if prescale != 1.0:
             self.contribution.mul_(prescale)
         if self.residual is not None:
             self.contribution.add_(self.residual)
+        if self._transfers is not None:
+            self._sending = self._transfers.to_host(self.contribution, self.sent)
+
+    def is_sent(self, wait: bool) -> bool:
+        """Whether `sent` holds the contribution. wait: until it does."""
+        if self._sending is not None and wait:
+            self._sending.wait()
+        if self._sending is not None and not self._sending.ended():
+            return False
+        self._sending = None
+        return True
+
+    def load(self) -> None:
+        """What was `received` becomes the result; it must not change before `loaded`."""
+        if self._transfers is not None:
+            self._loading = self._transfers.to_device(self.received, self.result)
+
+    def loaded(self) -> None:
+        """Waits until `received` may change again."""
+        if self._loading is not None:
+            self._loading.wait()
+            self._loading = None
+
+    def store(self) -> None:
+        """The result, which has been changed, takes the place of what was `received`."""
+        if self._transfers is not None:
+            self._transfers.to_host(self.result, self.received).wait()
 
     def keep_residual(self, used: bool, finite: bool) -> None:
         """What was contributed has been used, or was dropped: then it waits for the next contribution.
@@ -204,6 +261,7 @@ class Buckets:
         self.all = [Bucket(members, parameters, self._wires[members[0]].dtype) for members in planned]
         self._parameters = parameters
         self._shown: list[torch.Tensor | None] = [None] * len(parameters)
+        self._sending: deque[int] = deque()  # in order
         home = {i: (b, slot) for b, bucket in enumerate(self.all) for slot, i in enumerate(bucket.members)}
         self._home = [home[i] for i in range(len(parameters))]
 
@@ -213,7 +271,7 @@ class Buckets:
 
     def result_addresses(self) -> list[int]:
         """Where results go now."""
-        return [bucket.result.data_ptr() for bucket in self.all]
+        return [bucket.received.data_ptr() for bucket in self.all]
 
     def pack(self, index: int, show: bool) -> int | None:
         """Puts p.grad of a parameter into its bucket, unless it lies there already. No gradient counts as zero.
@@ -235,11 +293,31 @@ class Buckets:
             self._wires[index].write(gradient, view)
             if show:
                 parameter.grad = view
-        bucket.unpacked -= 1
+        bucket.packed()
         return number if bucket.unpacked == 0 else None
+
+    def send(self, number: int, prescale: float) -> None:
+        """A bucket is complete: see Bucket."""
+        self.all[number].send(prescale)
+        self._sending.append(number)
+
+    def take_sent(self, wait: bool) -> Iterator[tuple[int, int, int]]:
+        """Those that the engine can read by now, once, in the order in which they were sent.
+
+        Args:
+            wait: for all.
+
+        Yields:
+            Number of the bucket, address of the contribution, address for the result.
+        """
+        while self._sending and self.all[self._sending[0]].is_sent(wait):
+            number = self._sending.popleft()
+            bucket = self.all[number]
+            yield number, bucket.sent.data_ptr(), bucket.received.data_ptr()
 
     def start_afresh(self) -> None:
         """Nothing of the next contribution is there yet."""
+        self._sending.clear()
         for bucket in self.all:
             bucket.unpacked = len(bucket.members)
 
@@ -248,12 +326,24 @@ class Buckets:
         for bucket, has_result in zip(self.all, filled, strict=True):
             if not has_result:
                 bucket.result.zero_()
-            elif postscale != 1.0:
-                bucket.result.mul_(postscale)
+            else:
+                bucket.load()
+                if postscale != 1.0:
+                    bucket.result.mul_(postscale)
             for index, view in zip(bucket.members, bucket.result_views, strict=True):
                 self._shown[index] = gradient = self._wires[index].read(view)
                 if self._parameters[index].grad is not gradient:
                     self._parameters[index].grad = gradient
+
+    def results_loaded(self) -> None:
+        """Waits until other results may come. What is shown stays."""
+        for bucket in self.all:
+            bucket.loaded()
+
+    def store_results(self) -> None:
+        """What p.grad shows is what the engine keeps for late ranks."""
+        for bucket in self.all:
+            bucket.store()
 
     def settle_results(self) -> None:
         """What p.grad shows now, after the user has changed it, becomes the result. No gradient counts as zero."""

@@ -16,12 +16,14 @@ from hvd_backup.first_n import ReduceOp
 from hvd_backup.torch.buckets import DTYPES
 from hvd_backup.torch.compression import NoneCompressor
 from hvd_backup.torch.horovod_names import is_global
+from hvd_backup.torch.staging import is_supported
 
 __all__ = [
     "check_compression",
     "check_optimizer",
     "check_parameter",
     "group_parameters",
+    "is_on_gpu",
     "name_parameters",
     "needs_horovod",
     "positive",
@@ -72,9 +74,14 @@ def needs_horovod(optimizer: torch.optim.Optimizer, op: ReduceOp, process_set: A
         return f"process_set={process_set}"
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.device.type != "cpu":
+            if not is_supported(parameter.device):
                 return f"a parameter on {parameter.device}"
     return ""
+
+
+def is_on_gpu(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether some parameter is."""
+    return any(parameter.is_cuda for group in optimizer.param_groups for parameter in group["params"])
 
 
 def check_compression(compression: Any, bucket_views: bool) -> None:

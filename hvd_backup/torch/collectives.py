@@ -1,4 +1,4 @@
-"""Collectives of all ranks on torch tensors (CPU): Horovod's names, argument order and meaning.
+"""Collectives of all ranks on torch tensors: Horovod's names, argument order and meaning.
 
 Those that end in `_` work in place, those with `_async` return a handle for `synchronize` and `poll`. allreduce,
 allgather and broadcast can be differentiated. Sums go through the engine, from and to the tensors' own memory;
@@ -199,7 +199,7 @@ class _Allgather(torch.autograd.Function):
             row_bytes = gathered[0].numel() * gathered.element_size() if sum(lengths) else 0
             byte_lengths = [length * row_bytes for length in lengths]
             byte_collectives.allgather(left.comm, bytes_of(whole), bytes_of(gathered), byte_lengths)
-        return gathered
+        return gathered.to(tensor.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -89,8 +89,9 @@ def DistributedOptimizer(  # noqa: N802
 
     Options left at None come from the environment (HVD_BACKUP_*).
 
-    Without backup workers, what only Horovod can do (other ops, process sets, parameters on a GPU) is done by Horovod's
-    own DistributedOptimizer, if Horovod is installed; it knows nothing of what this one has beyond Horovod.
+    Without backup workers, what only Horovod can do (other ops, process sets) is done by Horovod's own
+    DistributedOptimizer; and parameters on a GPU are its own, too, if Horovod is installed. It knows nothing of what
+    this one has beyond Horovod. Otherwise gradients on a GPU go through pinned host memory.
 
     Returns:
         An object of a class derived from the optimizer's own, with its state.
@@ -120,16 +121,20 @@ def DistributedOptimizer(  # noqa: N802
         arrive=arrive,
         nonfinite=nonfinite,
     )
-    if needed := checks.needs_horovod(optimizer, reduction, process_set):
+    needed = checks.needs_horovod(optimizer, reduction, process_set)
+    only_sums = rules.backup_workers == 0 and rules.nonfinite != "drop"
+    if not needed and only_sums and checks.is_on_gpu(optimizer) and HOROVOD.usable():
+        needed = "a parameter on a GPU"  # which Horovod's reaches without the detour over the host
+    if needed:
         if rules.nonfinite == "drop":
             raise ConfigError(
-                f'{needed} cannot be combined with nonfinite="drop", which needs parameters on the CPU, op Average or '
-                "Sum, and all ranks of init(comm)"
+                f'{needed} cannot be combined with nonfinite="drop", which needs parameters on the CPU or CUDA, op '
+                "Average or Sum, and all ranks of init(comm)"
             )
         if rules.backup_workers > 0:
             raise ConfigError(
                 f"{needed} cannot be combined with backup_workers={rules.backup_workers}: with backup workers, "
-                "parameters are on the CPU, op is Average or Sum, and all ranks of init(comm) work together"
+                "parameters are on the CPU or CUDA, op is Average or Sum, and all ranks of init(comm) work together"
             )
         if not HOROVOD.usable():
             raise ConfigError(f"{needed} needs Horovod's own DistributedOptimizer: {HOROVOD.why_not()}")

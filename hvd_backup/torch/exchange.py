@@ -199,6 +199,7 @@ class GradientExchange:
         for index, packed in enumerate(self._packed):
             if not packed:
                 self._pack(self._buckets, index)
+        self._submit(self._buckets, wait=True)
         self._check_hyperparameters()
         used = self.training.catch_up()
         if self.training.policy.late == "carry":
@@ -224,10 +225,13 @@ class GradientExchange:
         number = buckets.pack(index, show=self._options.bucket_views)
         self._packed[index] = True
         if number is not None:
-            bucket = buckets.all[number]
-            bucket.finish_contribution(self._options.prescale)
+            buckets.send(number, self._options.prescale)
+        self._submit(buckets, wait=False)
+
+    def _submit(self, buckets: Buckets, wait: bool) -> None:
+        for sent in buckets.take_sent(wait):
             self.training.contribute(self._metadata)
-            self.training.submit(number, bucket.contribution.data_ptr(), bucket.result.data_ptr())
+            self.training.submit(*sent)
 
     def _metadata(self) -> bytes:
         if not self.training.policy.may_leave_out:
@@ -343,6 +347,7 @@ class GradientExchange:
             if not self._scaler.finite:
                 self._buckets.spoil_result()  # it may look finite by now, clipped
             self._scaler.judge()
+        self._buckets.store_results()
 
     def apply(self) -> None:
         """See Framework."""
@@ -353,6 +358,8 @@ class GradientExchange:
 
     def applied(self) -> None:
         """See Framework."""
+        assert self._buckets is not None
+        self._buckets.results_loaded()
         for step in self.schedulers:
             step()
 
@@ -409,6 +416,7 @@ class GradientExchange:
         assert self._buckets is not None
         self.synchronized = False
         if self._loaded:
+            self._buckets.results_loaded()
             self._buckets.exchange_roles()
             self.training.set_results(self._buckets.result_addresses())
             self._loaded = False

@@ -1,4 +1,4 @@
-"""first_n_allreduce on torch tensors (CPU): from and to the tensors' own memory, without a copy."""
+"""first_n_allreduce on torch tensors: from and to the tensors' own memory, without a copy; on a GPU through the host's."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def start(
     def finish(contributors: tuple[int, ...]) -> Any:
         if op is ReduceOp.AVERAGE and not result.dtype.is_floating_point:  # the engine sums integers exactly
             result.floor_divide_(len(contributors))
-        return outcome(result if postscale == 1.0 else result.mul_(postscale), contributors)
+        return outcome((result if postscale == 1.0 else result.mul_(postscale)).to(tensor.device), contributors)
 
     return context.current().collectives.start(
         Signature(operation, dtype_name(contribution), tuple(tensor.shape), required, op),

@@ -8,9 +8,13 @@ __all__ = ["facts"]
 
 
 def facts() -> list[tuple[str, str]]:
-    """What there is, and in words what it is: the GPUs, and the version of NCCL where there are some."""
+    """What there is, and in words what it is: the GPUs, and how gradients on them travel."""
     if not torch.cuda.is_available():
         return [("GPU", "none that PyTorch can use")]
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return [("GPU", ", ".join(f"{count} x {name}" for name, count in names.items())), ("NCCL", nccl)]
+    return [
+        ("GPU", ", ".join(f"{count} x {name}" for name, count in names.items())),
+        ("NCCL", f"{nccl}, not used"),
+        ("GPU gradients", "through pinned host memory"),
+    ]

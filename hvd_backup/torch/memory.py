@@ -1,4 +1,4 @@
-"""Torch tensors as the engine and MPI want them: on the CPU, contiguous, as bytes, as text."""
+"""Torch tensors as the engine and MPI want them: in host memory, contiguous, as bytes, as text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hvd_backup.errors import UsageError
+from hvd_backup.torch.staging import is_supported
 
 __all__ = ["Done", "bytes_of", "checksum_of", "contiguous", "dtype_name", "signature_of"]
 
@@ -34,18 +35,20 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 
 def contiguous(operation: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without its graph, contiguous; copied only if need be.
+    """`tensor` without its graph, contiguous, in host memory; copied only if need be.
 
     Raises:
-        UsageError: it is no dense tensor on the CPU.
+        UsageError: it is no dense tensor on the CPU or a GPU.
     """
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(f"{operation}({type(tensor).__name__}): expected a torch.Tensor")
-    if tensor.device.type != "cpu":
-        raise UsageError(f"{operation}: the tensor is on {tensor.device}, supported is the CPU: use tensor.cpu()")
+    if not is_supported(tensor.device):
+        raise UsageError(
+            f"{operation}: the tensor is on {tensor.device}, supported are the CPU and CUDA: use tensor.cpu()"
+        )
     if tensor.layout is not torch.strided:
         raise UsageError(f"{operation}: the tensor has layout {tensor.layout}, not a dense one: use tensor.to_dense()")
-    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -1,0 +1,95 @@
+"""A stand-in for a GPU's copies (hvd_backup.torch.staging.Transfers): tensors lie on the CPU, copies happen late.
+
+As on a GPU, what is sent arrives only when somebody has waited for it or some time has passed, and until then host memory
+holds other numbers; what a copy still needs must not change. Unlike there, what is used too early is always found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from random import Random
+
+import torch
+
+from hvd_backup.torch import staging
+
+POISON = float("nan")
+
+
+class DelayedTransfers:
+    """See Transfers. Counts what was asked for."""
+
+    def __init__(self, seed: int = 0, streams: int = 2) -> None:
+        """streams: the caller's work goes to one of so many, another one each time that it is asked."""
+        self.sent = self.loaded = 0
+        self.ungathered: set[int] = set()  # streams whose work the next copy would not wait for
+        self._rng = Random(seed)
+        self._streams = streams
+        self._current = 0
+        self._running: list[DelayedCopy] = []
+
+    def host_memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((elements,), POISON, dtype=dtype)
+
+    def stream(self) -> Hashable:
+        self._current = (self._current + 1) % self._streams
+        self.ungathered.add(self._current)
+        return self._current
+
+    def gather(self, streams: Iterable[Hashable]) -> None:
+        self.ungathered -= set(streams)  # type: ignore[arg-type]
+
+    def to_host(self, source: torch.Tensor, target: torch.Tensor) -> DelayedCopy:
+        assert not self.ungathered, "a copy that may overtake what packs its source"
+        self.sent += 1
+        for copy in [copy for copy in self._running if copy.source.data_ptr() == target.data_ptr()]:
+            self.run_until(copy)  # it comes before this one
+        target.fill_(POISON)
+        return self._start(source, lambda: target.copy_(source))
+
+    def to_device(self, source: torch.Tensor, target: torch.Tensor) -> DelayedCopy:
+        self.loaded += 1
+        target.copy_(source)  # what follows on the device comes after it
+        return self._start(source, lambda: None)
+
+    def _start(self, source: torch.Tensor, arrive: Callable[[], object]) -> DelayedCopy:
+        self._running.append(copy := DelayedCopy(self, source, arrive))
+        return copy
+
+    def run_until(self, last: DelayedCopy) -> None:
+        """In the order of one stream."""
+        while last in self._running:
+            self._running.pop(0).arrives()
+
+    def time_passes(self) -> None:
+        if self._running and self._rng.random() < 0.3:
+            self.run_until(self._running[0])
+
+    def has_ended(self, copy: DelayedCopy) -> bool:
+        return copy not in self._running
+
+
+class DelayedCopy:
+    """See Copy."""
+
+    def __init__(self, transfers: DelayedTransfers, source: torch.Tensor, arrive: Callable[[], object]) -> None:
+        self._transfers = transfers
+        self.source, self._was = source, source.clone()
+        self._arrive = arrive
+
+    def arrives(self) -> None:
+        same = torch.equal(self.source.view(torch.uint8), self._was.view(torch.uint8))
+        assert same, "what a copy was to move has changed before it had ended"
+        self._arrive()
+
+    def ended(self) -> bool:
+        self._transfers.time_passes()
+        return self._transfers.has_ended(self)
+
+    def wait(self) -> None:
+        self._transfers.run_until(self)
+
+
+def use(transfers: staging.Transfers | None) -> None:
+    """From now on gradients on the CPU travel like those on a GPU."""
+    staging.transfers_of = lambda device: transfers  # type: ignore[assignment]
