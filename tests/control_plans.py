@@ -74,7 +74,7 @@ def behind(rng: Random) -> Plan:
     count = rng.choice([1, 1, 2])
     specs = optimizers(rng, size, count, required=rng.randint(1, size - 1))
     specs = tuple(replace(spec, max_lag=rng.choice([1, 2, 3, 4]), resync=True) for spec in specs)
-    epochs = [epoch(rng, size, rng.choice([4, 8, 16]), count == 1) for _ in range(rng.randint(1, 3))]
+    epochs = [epoch(rng, size, rng.choice([3, 6, 12]), count == 1) for _ in range(rng.randint(1, 3))]
     return Plan(size, specs, tuple(epochs))
 
 
@@ -131,5 +131,5 @@ def without_one(rng: Random) -> Plan:
         )
         for s in specs
     )
-    each = Epoch((Data(rng.randint(1, 12)),) * size, followed=count == 1 and rng.random() < 0.6)
+    each = Epoch((Data(rng.randint(1, 8)),) * size, followed=count == 1 and rng.random() < 0.6)
     return Plan(size, specs, (each,) * rng.randint(1, 3))

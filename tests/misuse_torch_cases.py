@@ -984,9 +984,9 @@ def sgd(out: int = 3) -> torch.optim.Optimizer:
 
 refused_call(
     "tensor_elsewhere",
-    'a tensor that is not on the CPU (`device="meta"`)',
+    'a tensor that is neither on the CPU nor on a GPU (`device="meta"`)',
     "UsageError",
-    "first_n_allreduce: the tensor is on meta, supported is the CPU: use tensor.cpu()",
+    "first_n_allreduce: the tensor is on meta, supported are the CPU and CUDA: use tensor.cpu()",
     lambda odd: hvd.first_n_allreduce(torch.ones(2, device="meta"), n=2),
 )
 refused_call(

@@ -118,6 +118,16 @@ def test_fewer_than_n_wait_for_a_rank_that_can_stand_in() -> None:
     assert list(decisions(said)) == [0, 1, 3]
 
 
+def test_i4_the_last_step_of_a_round_that_a_rank_has_left_is_not_held_up() -> None:
+    """Without follow, the first rank that leaves ends the round; nobody is left who could stand in."""
+    talk = decided(3, 0, 1)
+    talk.say(0, "Done", step=0)
+    talk.say(2, "Leave", round=0)
+    assert probed(talk) == [1]
+    again = decisions(silence(talk))
+    assert again[0]["attempt"] == 1 and again[0]["contributors"] == [0]
+
+
 def test_who_answers_goes_on_as_long_as_nobody_could_replace_it() -> None:
     talk = decided(4, 0, 1, 2)
     assert probed(talk) == [0, 1, 2]

@@ -140,7 +140,9 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
   const bool comes_nobody = end && decision.step >= *end;
   int others = 0;
   for (int r = 0; r < size_ && !comes_nobody; ++r) {
-    others += !is_in[static_cast<std::size_t>(r)] && able(r, slot) ? 1 : 0;
+    // A rank has left, which would have ended the round before this step, had it not begun.
+    const bool is_suspect = rounds_.ends_early() && std::binary_search(suspects.begin(), suspects.end(), r);
+    others += !is_in[static_cast<std::size_t>(r)] && !is_suspect && able(r, slot) ? 1 : 0;
   }
   const int count = static_cast<int>(arrivals.size());
   // The last who could make it have died, or what is left is not finite: then it is empty.

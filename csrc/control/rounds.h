@@ -53,6 +53,7 @@ class Rounds {
 
   // The current round will end at `step`, whatever the lengths say.
   void fix_end(Step step) { fixed_end_ = step; }
+  bool ends_early() const { return fixed_end_.has_value(); }
 
   // Where the last round has ended, all ranks were to meet.
   bool ended_in_meeting() const { return ended_in_meeting_; }
