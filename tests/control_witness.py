@@ -188,7 +188,8 @@ class Witness:
         enough = len(record["ranks"]) >= spec.required or not able or bool(self.left.get(key)) or died_with_it
         enough = enough or self._is_beyond_round(name, step)
         # Without follow the first rank that leaves ends the round, so who has stopped in the last step is not awaited.
-        enough = enough or bool(record["attempt"] and self.away[name] and name not in self.followed)
+        has_left = (self.away[name] | self.gone) and name not in self.followed
+        enough = enough or bool(has_left and "does not answer" in record["reason"])
         check(enough, f"I3: {able} could have contributed: {record}")
         if spec.resyncs(self.world.size):
             return  # what is kept is checked where it is kept

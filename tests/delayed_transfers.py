@@ -1,7 +1,7 @@
 """A stand-in for a GPU's copies (hvd_backup.torch.staging.Transfers): tensors lie on the CPU, copies happen late.
 
-As on a GPU, what is sent arrives only when somebody has waited for it or some time has passed, and until then host memory
-holds other numbers; what a copy still needs must not change. Unlike there, what is used too early is always found.
+As on a GPU, what is sent arrives only when somebody has waited for it or some time has passed, and until then host
+memory holds other numbers; what a copy still needs must not change. Unlike there, what is used too early is found.
 """
 
 from __future__ import annotations

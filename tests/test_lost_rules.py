@@ -179,7 +179,8 @@ def test_i6_who_could_give_its_state_waits_for_the_rank_that_needs_it() -> None:
 
 
 def test_who_could_give_its_state_waits_for_somebody_else() -> None:
-    talk = talk_of(3, required=1, resync=True).open("collective", name="meeting", required=3)
+    """Rank 3, which comes to the meeting later; then rank 0 goes on, and gives its state."""
+    talk = talk_of(4, required=1, resync=True).open("collective", name="meeting", required=4)
     talk.final(0, 2)
     talk.say(0, "Sync", have=1)
     talk.say(1, "Sync", have=0)

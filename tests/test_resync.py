@@ -139,6 +139,19 @@ def test_a_copy_is_made_before_all_ranks_meet() -> None:
     assert (2, "History") in told(talk.say(2, "Sync", have=2))
 
 
+def test_who_meets_at_the_end_of_a_round_is_waited_for_there_though_the_next_round_is_empty() -> None:
+    talk = Talk(3).open(required=2, max_lag=1, resync=True)
+    talk.follow(3, 3, 3, align_every=3)
+    for rank in range(3):
+        talk.say(rank, "Sync", have=0)
+    for step in range(3):
+        talk.final(step, 0, 1)
+    talk.say(0, "Leave", round=1)  # it has no data in an epoch without follow
+    for rank in (0, 1):
+        assert talk.arrive(rank, 3, round=2) == [], "rank 2 has not been where all were to meet"
+    assert len(talk.recorded("round_over")) == 2
+
+
 def test_a_rank_that_leaves_for_good_leaves_a_copy_behind() -> None:
     talk = far_behind()
     talk.say(1, "Offered", step=4, bytes=10)  # unasked: it knew that somebody would need it

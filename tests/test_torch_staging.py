@@ -1,7 +1,7 @@
-"""Gradients on a GPU, which reach the engine through host memory: with a stand-in for the GPU, and on one if there is one.
+"""Gradients on a GPU, which reach the engine through host memory: with a stand-in for a GPU, and on one where one is.
 
-The stand-in copies late, and finds what is used too early (tests/delayed_transfers.py). That training gives the same bits
-with it as without is tested with everything that people combine: test_torch_combinations.py.
+The stand-in copies late, and finds what is used too early (tests/delayed_transfers.py). That training gives the same
+bits with it as without is tested with everything that people combine: test_torch_combinations.py.
 """
 
 from typing import Any

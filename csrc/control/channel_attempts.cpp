@@ -95,7 +95,7 @@ bool ChannelBook::watch_attempts(TimeUs now) {
 // Ends the attempt, if it is complete or can go on without whom it waits for. Returns whether anything has changed.
 bool ChannelBook::watch(Slot& slot, TimeUs now) {
   const Decision& decision = *slot.decision;
-  if (slot.broken) return begin_next_attempt(slot, {}, "", now);
+  if (slot.broken) return begin_next_attempt(slot, {}, now);
   if (slot.attempt.complete()) {
     if (decision.attempt == 0 && !decision.contributors.empty()) {
       transfer_time_.measured(now - slot.attempt.began());
@@ -111,7 +111,7 @@ bool ChannelBook::watch(Slot& slot, TimeUs now) {
   if (suspicion.ranks.empty()) return false;
   const int holders = std::min(2, decision.required);  // so that the update survives one more
   if (!slot.attempt.complete_without(suspicion.ranks, holders)) {
-    return begin_next_attempt(slot, suspicion.ranks, suspicion.reason, now);
+    return begin_next_attempt(slot, suspicion, now);
   }
   put_given_up_on_record(Record::Event::stopped, slot, suspicion.ranks,
                          suspicion.reason + "; the others have the whole update", now);
@@ -122,7 +122,9 @@ bool ChannelBook::watch(Slot& slot, TimeUs now) {
 // Among the contributors without the suspects, and those who have arrived since: they can't go on without this very
 // update, so their gradients are still there. With fewer than N nothing changes as long as others can come; but whoever
 // has withdrawn has left, and is not waited for.
-bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const std::string& reason, TimeUs now) {
+bool ChannelBook::begin_next_attempt(Slot& slot, const Suspicion& suspicion, TimeUs now) {
+  const Ranks& suspects = suspicion.ranks;
+  const std::string& reason = suspicion.reason;
   Decision& decision = *slot.decision;
   std::vector<bool> is_in(static_cast<std::size_t>(size_), false);
   std::vector<Arrival> arrivals, given_up;
@@ -141,7 +143,8 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Ranks& suspects, const st
   int others = 0;
   for (int r = 0; r < size_ && !comes_nobody; ++r) {
     // A rank has left, which would have ended the round before this step, had it not begun.
-    const bool is_suspect = rounds_.ends_early() && std::binary_search(suspects.begin(), suspects.end(), r);
+    const bool is_suspect =
+        suspicion.stopped && rounds_.ends_early() && std::binary_search(suspects.begin(), suspects.end(), r);
     others += !is_in[static_cast<std::size_t>(r)] && !is_suspect && able(r, slot) ? 1 : 0;
   }
   const int count = static_cast<int>(arrivals.size());

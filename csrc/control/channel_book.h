@@ -179,7 +179,7 @@ class ChannelBook {
   void set_contributors(Decision& decision, const std::vector<Arrival>& arrivals) const;
   bool watch_attempts(TimeUs now);
   bool watch(Slot& slot, TimeUs now);
-  bool begin_next_attempt(Slot& slot, const Ranks& suspects, const std::string& reason, TimeUs now);
+  bool begin_next_attempt(Slot& slot, const Suspicion& suspicion, TimeUs now);
   bool somebody_will_call() const;
   void put_given_up_on_record(Record::Event event, const Slot& slot, const Ranks& ranks, const std::string& reason,
                               TimeUs now);

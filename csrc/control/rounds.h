@@ -59,7 +59,8 @@ class Rounds {
   bool ended_in_meeting() const { return ended_in_meeting_; }
 
   void close(Step end) {
-    ended_in_meeting_ = followed_ && align_every_ > 0 && end % align_every_ == 0;
+    const bool is_meeting = followed_ && align_every_ > 0 && end % align_every_ == 0;
+    ended_in_meeting_ = is_meeting || (ended_in_meeting_ && end == start());  // nobody is further than before
     ends_.push_back(end);
     followed_ = false;
     begun_.assign(begun_.size(), false);

@@ -1,4 +1,4 @@
-"""first_n_allreduce on torch tensors: from and to the tensors' own memory, without a copy; on a GPU through the host's."""
+"""first_n_allreduce on torch tensors: from and to their own memory, without a copy; on a GPU through the host's."""
 
 from __future__ import annotations
 

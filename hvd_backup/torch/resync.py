@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ def state_of(place: Context, optimizer: Any, also: Mapping[str, Any]) -> dict[st
     return {
         "parameters": [parameter.detach() for parameter in parameters],
         "optimizer": [dict(optimizer.state.get(parameter, {})) for parameter in parameters],
+        "on gpu": [_on_gpu(optimizer.state.get(parameter, {})) for parameter in parameters],
         "groups": hyperparameters.snapshot(optimizer.param_groups),
         "also": {name: thing.state_dict() for name, thing in also.items()},
         "buffers": _buffers(place, parameters),
@@ -103,8 +104,8 @@ def load(place: Context, optimizer: Any, also: Mapping[str, Any], state: Mapping
         )
     for parameter, value in zip(parameters, state["parameters"], strict=True):
         parameter.copy_(value)
-    for parameter, entries in zip(parameters, state["optimizer"], strict=True):
-        _load_entries(optimizer, parameter, entries)
+    for parameter, entries, on_gpu in zip(parameters, state["optimizer"], state["on gpu"], strict=True):
+        _load_entries(optimizer, parameter, entries, on_gpu)
     hyperparameters.install(optimizer.param_groups, state["groups"])
     for buffer, value in zip(buffers, state["buffers"], strict=True):
         buffer.copy_(value)
@@ -116,7 +117,11 @@ def _parameters(optimizer: Any) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _load_entries(optimizer: Any, parameter: torch.Tensor, entries: Mapping[str, Any]) -> None:
+def _on_gpu(entries: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in entries.items() if isinstance(value, torch.Tensor) and value.is_cuda]
+
+
+def _load_entries(optimizer: Any, parameter: torch.Tensor, entries: Mapping[str, Any], on_gpu: Sequence[str]) -> None:
     """What the optimizer keeps for a parameter. Of the same dtypes: load_state_dict() of torch's would change them."""
     if not entries:
         optimizer.state.pop(parameter, None)
@@ -134,4 +139,4 @@ def _load_entries(optimizer: Any, parameter: torch.Tensor, entries: Mapping[str,
         elif value.shape == parameter.shape:
             present[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # with the parameter's strides
         else:
-            present[key] = value.clone()
+            present[key] = value.clone().to(parameter.device if key in on_gpu else "cpu")

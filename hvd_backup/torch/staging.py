@@ -2,9 +2,9 @@
 
     gradients -> contribution (GPU) -> sent (pinned) -> engine -> received (pinned) -> result (GPU) -> p.grad
 
-Copies go over a stream of our own, which waits for what produced the data; whoever uses a result on the GPU waits for the
-copy there. The host waits in two places only: a contribution is handed to the engine when it has arrived in host memory,
-and the next result is asked for when the last one has left it.
+Copies go over a stream of our own, which waits for what produced the data; whoever uses a result on the GPU waits for
+the copy there. The host waits in two places only: a contribution is handed to the engine when it has arrived in host
+memory, and the next result is asked for when the last one has left it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class CudaTransfers:
 
     def host_memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """See Transfers."""
-        return torch.zeros(elements, dtype=dtype, pin_memory=True)
+        with torch.cuda.device(self._device):
+            return torch.zeros(elements, dtype=dtype, pin_memory=True)
 
     def stream(self) -> Hashable:
         """See Transfers."""
