@@ -192,6 +192,7 @@ class Line:
     def receive(self, message: bytes, body: dict[str, Any]) -> None:
         if body["message"] == "Failed":
             self.failure = body["reason"]
+            self.missed = None
             return
         if body["message"] == "Opened":
             self.id = body["channel"]

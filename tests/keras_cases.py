@@ -164,12 +164,14 @@ class AwayForLong(keras.callbacks.Callback):
     Attributes:
         seen: bits of the statistics after each batch.
         taken_over: those after each batch in which this rank took over another one's state.
+        told: for how many updates, by `last_update` and by `counters()`, where the former says so.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
         self.taken_over: list[str] = []
+        self.told: list[tuple[int, int]] = []
         self._naps = {(0, 4): 1.5, (2, 3): 0.3}  # by epoch and batch: seconds
         self._resynced = 0
         self._epoch = 0
@@ -189,6 +191,8 @@ class AwayForLong(keras.callbacks.Callback):
         resynced = self.model.optimizer.counters()["resynced"]
         if resynced > self._resynced:
             self.taken_over.append(self.seen[-1])
+        if told := self.model.optimizer.last_update.resynced:
+            self.told.append((told, resynced - self._resynced))
         self._resynced = resynced
 
 
@@ -214,6 +218,7 @@ def beyond_the_journal() -> dict[str, Any]:
         "counters": optimizer.counters(),
         "seen": away.seen,
         "taken_over": away.taken_over,
+        "told": away.told,
     }
 
 

@@ -73,6 +73,7 @@ def test_a_rank_beyond_the_journal_takes_over_the_state_of_another_one(keras_res
     assert counters["contributed"] + counters["caught_up"] + counters["resynced"] == 3 * EPOCH
     known = {bits for value in others for bits in value["seen"]}
     assert late["taken_over"] and set(late["taken_over"]) <= known
+    assert late["told"] and all(told == counted for value in values for told, counted in value["told"])
 
 
 @pytest.mark.parametrize("name", FOLLOWED_IN_GRAPHS)

@@ -1,9 +1,9 @@
-"""Training over a network that is bad: `make test-network`, as root, with iproute2 and Open MPI 5.
+"""Training over a network that is bad: `make test-network`, as root, with iproute2, nftables and Open MPI 5.
 
 Makes two hosts on this machine (network namespaces, joined by a veth pair), starts three ranks on the first and one on
-the second by mpirun, as over real hosts, and makes the link slow (tc tbf), late or lossy (tc netem, where the kernel
-has it). With one backup worker the ranks on the first host must train as fast as with a good link; without, they wait
-for each gradient from the second. Cleans up after itself. Not part of `make test`: most machines do not allow it.
+the second by mpirun, as over real hosts, and makes the link slow (tc tbf), late (tc netem, where the kernel has it) or
+lossy (nft). With one backup worker the ranks on the first host must train as fast as with a good link; without, they
+wait for each gradient from the second. Cleans up after itself. Not part of `make test`: most machines do not allow it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,29 @@ HOSTS = {"hvdb0": "10.77.0.1", "hvdb1": "10.77.0.2"}  # namespace, and host name
 WIRE = "wire"  # the name of its end of the link on each host
 STEPS = 40
 TIMEOUT_S = 180
-# What is done to what the second host sends. A step sends 512 KiB: half a second at 8 Mbit/s.
+FIRST, SECOND = HOSTS
+# What is done to what the second host sends: on which host, by which commands, and undone by which. A step sends
+# 512 KiB: half a second at 8 Mbit/s.
 LINKS = {
-    "slow": "tbf rate 8mbit burst 64kbit latency 2s",
-    "late": "netem delay 100ms",
-    "lossy": "netem delay 20ms loss 5%",
+    "slow": (
+        SECOND,
+        [f"tc qdisc add dev {WIRE} root tbf rate 8mbit burst 64kbit latency 2s"],
+        f"tc qdisc delete dev {WIRE} root",
+    ),
+    "late (100 ms)": (
+        SECOND,
+        [f"tc qdisc add dev {WIRE} root netem delay 100ms"],
+        f"tc qdisc delete dev {WIRE} root",
+    ),
+    "lossy (5 % of its packets)": (
+        FIRST,  # what is dropped where it arrives was lost on its way
+        [
+            "nft add table inet lossy",
+            "nft add chain inet lossy arriving { type filter hook prerouting priority 0 ; }",
+            f"nft add rule inet lossy arriving iifname {WIRE} numgen random mod 100 < 5 drop",
+        ],
+        "nft delete table inet lossy",
+    ),
 }
 MOST = 1.3  # times the step of a good link
 # mpirun calls this in place of ssh: options, host, command.
@@ -52,8 +70,7 @@ def two_hosts() -> Iterator[Path]:
         for host in HOSTS:
             ip("netns", "add", host)
             ip("-n", host, "link", "set", "lo", "up")
-        first, second = HOSTS
-        ip("link", "add", WIRE, "netns", first, "type", "veth", "peer", "name", WIRE, "netns", second)
+        ip("link", "add", WIRE, "netns", FIRST, "type", "veth", "peer", "name", WIRE, "netns", SECOND)
         for host, address in HOSTS.items():
             ip("-n", host, "address", "add", f"{address}/24", "dev", WIRE)
             ip("-n", host, "link", "set", WIRE, "up")
@@ -74,33 +91,31 @@ def remove_hosts() -> None:
             ip("netns", "delete", host)
 
 
+def done_on(host: str, command: str) -> bool:
+    """Whether the command, its words separated by blanks, runs on that host."""
+    words = ["ip", "netns", "exec", host, *command.split()]
+    return subprocess.run(words, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
 @contextmanager
-def link(discipline: str) -> Iterator[bool]:
-    """Makes the link from the second host bad; False: this kernel cannot do that. Empty: leaves it good."""
-    second = list(HOSTS)[1]
-    tc = ["ip", "netns", "exec", second, "tc", "qdisc"]
-    add = [*tc, "add", "dev", WIRE, "root", *discipline.split()]
-    if discipline and subprocess.run(add, stderr=subprocess.DEVNULL, check=False).returncode:
-        yield False
-        return
+def link(host: str, commands: list[str], undo: str) -> Iterator[bool]:
+    """Makes the link from the second host bad; False: this machine cannot do that."""
     try:
-        yield True
+        yield all(done_on(host, command) for command in commands)
     finally:
-        if discipline:
-            subprocess.run([*tc, "delete", "dev", WIRE, "root"], check=True)
+        done_on(host, undo)
 
 
 def train(agent: Path, backup_workers: int, steps: int) -> dict[str, Any]:
     """Runs tests/network_training.py over the hosts; returns what it prints."""
-    first = next(iter(HOSTS))
     hosts = ",".join(f"{address}:{ranks}" for address, ranks in zip(HOSTS.values(), (3, 1), strict=True))
     mpirun = (
         f"mpirun --prtemca plm_ssh_agent {agent} --host {hosts} -np 4 --map-by :OVERSUBSCRIBE --bind-to none "
-        "--mca pml ob1 --mca btl self,sm,tcp --mca btl_tcp_if_include {WIRE} "
+        f"--mca pml ob1 --mca btl self,sm,tcp --mca btl_tcp_if_include {WIRE} "
         f"{sys.executable} -m tests.network_training {backup_workers} {steps}"
     )
     done = subprocess.run(
-        ["ip", "netns", "exec", first, "unshare", "--uts", "sh", "-c", f"hostname {first}; exec {mpirun}"],
+        ["ip", "netns", "exec", FIRST, "unshare", "--uts", "sh", "-c", f"hostname {FIRST}; exec {mpirun}"],
         cwd=ROOT,
         env={**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
         capture_output=True,
@@ -124,15 +139,15 @@ def main() -> int:
     with two_hosts() as agent:
         good = train(agent, 1, STEPS)["step_s"]
         print(f"good link, one backup worker: {1e3 * good:.1f} ms for a step")
-        for name, discipline in LINKS.items():
-            with link(discipline) as possible:
+        for name, (host, commands, undo) in LINKS.items():
+            with link(host, commands, undo) as possible:
                 if not possible:
-                    print(f"{name} link: not tried, this kernel knows no {discipline.split()[0]}")
+                    print(f"{name} link: not tried, this machine cannot: {commands[-1]}")
                     continue
                 waiting = train(agent, 0, 6)["step_s"]
                 result = train(agent, 1, STEPS)
                 print(
-                    f"{name} link ({discipline}): {1e3 * result['step_s']:.1f} ms with one backup worker, "
+                    f"{name} link: {1e3 * result['step_s']:.1f} ms with one backup worker, "
                     f"{1e3 * waiting:.1f} ms without; the rank behind it contributed {result['last_contributed']} of "
                     f"{STEPS} times; weights are {'equal' if result['equal'] else 'NOT EQUAL'}"
                 )

@@ -620,6 +620,9 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
         } else if constexpr (std::is_same_v<Body, Failed>) {
           if (Channel* channel = by_name(body_of.name)) {
             channel->failure = body_of.reason;
+            for (const auto& fetch : fetches_) {
+              if (channel->opened && !fetch->ended() && fetch->channel() == channel->id) give_up(*fetch);
+            }
             channel->changed.notify_all();
           }
         } else if constexpr (std::is_same_v<Body, Joined>) {

@@ -6,6 +6,7 @@ the last update was. Rounds are the base class's own.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ class GraphTraining(Training):
     """See the module."""
 
     _stream: Stream | None = None
+    _taken_over: AppliedUpdate | None = None  # the last update of the rank whose state it was
+    _resynced_in = -2  # after so many steps, in the next one
 
     def __init__(self, place: Context, policy: Policy, framework: GraphFramework) -> None:
         self._settled = {"calls": 0, "leftovers": 0}  # before the last round that has ended
@@ -62,20 +65,23 @@ class GraphTraining(Training):
 
     @property
     def last_update(self) -> AppliedUpdate:
-        """The newest update applied here, and what became of the last gradient."""
+        """The newest update applied here, or that of the state that was taken over; what became of the last gradient."""
         told = self._account()
-        if "step" not in told:
-            return no_update_yet(self._metrics.names)
-        update: Any = SimpleNamespace(**told)
-        means = self._metrics.means(has_result=len(update.contributors[-1]) > 0)
-        caught_up = told.get("caught_up", 0)
-        described = describe_update(update, self._earlier_steps, self._gradient_scopes, caught_up, means)
-        object.__setattr__(described, "dropped", told.get("dropped", False))
-        return described
+        newest = self._taken_over or no_update_yet(self._metrics.names)
+        if self._earlier_steps + told.get("step", -1) > newest.step:
+            update: Any = SimpleNamespace(**told)
+            means = self._metrics.means(has_result=len(update.contributors[-1]) > 0)
+            newest = describe_update(update, self._earlier_steps, self._gradient_scopes, 0, means)
+        return dataclasses.replace(
+            newest,
+            caught_up=told.get("caught_up", 0),
+            dropped=told.get("dropped", False),
+            resynced=self._resynced if told["calls"] - self._resynced_in <= 1 else 0,
+        )
 
     @last_update.setter
     def last_update(self, value: AppliedUpdate) -> None:
-        pass
+        self._taken_over = value
 
     @property
     def _plain_steps(self) -> bool:
@@ -130,6 +136,8 @@ class GraphTraining(Training):
     def resync(self, take_over: bool) -> None:
         """What the base class does in `_wait`; called from within the graph."""
         if take_over:
+            if self._resynced_in != self.step_calls:
+                self._resynced_in, self._resynced = self.step_calls, 0
             self._take_over(self.opened.step)
         else:
             for stream in self._streams():
