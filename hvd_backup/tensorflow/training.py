@@ -65,7 +65,7 @@ class GraphTraining(Training):
 
     @property
     def last_update(self) -> AppliedUpdate:
-        """The newest update applied here, or that of the state that was taken over; what became of the last gradient."""
+        """The newest update applied here, or that of a state taken over, and what became of the last gradient."""
         told = self._account()
         newest = self._taken_over or no_update_yet(self._metrics.names)
         if self._earlier_steps + told.get("step", -1) > newest.step:
