@@ -107,7 +107,7 @@ def test_on_the_cpu_the_engine_uses_the_very_buffers() -> None:
 
 @pytest.mark.ranks(4)
 def test_ranks_with_and_without_a_gpu_train_together() -> None:
-    """The same bits as without; with several optimizers, so that updates are made up for outside of step(), too."""
+    """The same bits as without."""
     hvd.init()
     late = DelayedTransfers(seed=hvd.rank())
     digests = []

@@ -89,14 +89,14 @@ Suspicion Attempt::suspicion(TimeUs now) const {
     if (lost_.contains(rank) && !has(rank)) dead.push_back(rank);
   }
   if (!dead.empty()) return suspected(dead, "has died", now);
-  if (now < overdue_at()) return {{}, {}, false, overdue_at()};
+  if (now < overdue_at()) return {{}, {}, overdue_at()};
   Ranks silent, slow;
   std::map<int, int> owing, owing_results;  // how many ranks miss something of whom
   TimeUs look_again = now + patience_us_;   // the next question
   for (const auto& [rank, question] : asked_) {
     if (has(rank)) continue;
     if (!question.answered_at) {
-      if (now - question.at < answer_us) return {{}, {}, false, question.at + answer_us};
+      if (now - question.at < answer_us) return {{}, {}, question.at + answer_us};
       silent.push_back(rank);
       continue;
     }
@@ -128,7 +128,6 @@ Suspicion Attempt::suspected(Ranks ranks, const std::string& why, TimeUs now) co
   return {std::move(ranks),
           "rank " + who + " " + why + " (" + std::to_string((now - began_) / 1000) + " ms after the decision" +
               expected + ")",
-          false,
           {}};
 }
 

@@ -36,8 +36,8 @@ class TransferTime {
 struct Suspicion {
   Ranks ranks;                       // empty: none
   std::string reason;                // in words, of them
-  bool stopped = false;              // they do not answer; otherwise they are slow
   std::optional<TimeUs> look_again;  // time alone may change it then
+  bool stopped = false;              // they do not answer; otherwise they are slow
 };
 
 class Attempt {

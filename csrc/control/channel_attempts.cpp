@@ -304,13 +304,10 @@ bool ChannelBook::contributes(int rank, Step step) const {
 // An attempt at this step is given up, and this rank could contribute to the next one, if it computed the step.
 bool ChannelBook::lacks(Step step, int rank) const {
   if (kind_ != ChannelKind::training || !able(rank)) return false;
-  const auto has_come = [rank](const std::vector<Arrival>& arrivals) {
-    return std::any_of(arrivals.begin(), arrivals.end(), [rank](const Arrival& each) { return each.rank == rank; });
-  };
   return std::any_of(slots_.lower_bound({step, 0}), slots_.lower_bound({step + 1, 0}), [&](const auto& entry) {
     const Slot& slot = entry.second;
-    return slot.is_short && !slot.is_final && able(rank, slot) && !has_come(slot.arrivals) &&
-           !has_come(slot.latecomers);
+    return slot.is_short && !slot.is_final && able(rank, slot) && !holds(slot.arrivals, rank) &&
+           !holds(slot.latecomers, rank);
   });
 }
 

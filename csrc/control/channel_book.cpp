@@ -239,9 +239,7 @@ bool ChannelBook::decide_as_scripted(TimeUs now) {
     if (!scripted) continue;  // an arrival will say so
     const bool complete = slot.arrivals.size() == scripted->contributors.size();
     for (const int r : scripted->contributors) {
-      if (complete || able(r)) continue;
-      if (std::any_of(slot.arrivals.begin(), slot.arrivals.end(), [r](const Arrival& a) { return a.rank == r; }))
-        continue;
+      if (complete || able(r) || holds(slot.arrivals, r)) continue;
       fail("the trace that is replayed does not fit '" + name_ + "': by it, rank " + std::to_string(r) +
                " contributes to step " + std::to_string(open_step_) + ", but it has left or its data has ended",
            now);

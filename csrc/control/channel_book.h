@@ -214,6 +214,7 @@ class ChannelBook {
   void late(int to, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason);
   void tell_late(int to, Step step, int scope);
   void put_drop_on_record(int rank, const Arrive& message, TimeUs arrived_at, TimeUs now, const std::string& reason);
+  static bool holds(const std::vector<Arrival>& arrivals, int rank);
   static std::optional<Arrival> take_from(std::vector<Arrival>& arrivals, int rank);  // its own
   void dismiss_arrivals(TimeUs now, const std::string& reason);
   void look_again(TimeUs at);

@@ -149,6 +149,10 @@ void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
   settle(now);
 }
 
+bool ChannelBook::holds(const std::vector<Arrival>& arrivals, int rank) {
+  return std::any_of(arrivals.begin(), arrivals.end(), [rank](const Arrival& each) { return each.rank == rank; });
+}
+
 std::optional<ChannelBook::Arrival> ChannelBook::take_from(std::vector<Arrival>& arrivals, int rank) {
   const auto found =
       std::find_if(arrivals.begin(), arrivals.end(), [rank](const Arrival& a) { return a.rank == rank; });
@@ -210,9 +214,7 @@ bool ChannelBook::is_short() const {
 
 bool ChannelBook::has_arrived(int rank) const {
   for (auto slot = slots_.lower_bound({open_step_, 0}); slot != slots_.end(); ++slot) {
-    for (const Arrival& arrival : slot->second.arrivals) {
-      if (arrival.rank == rank) return true;
-    }
+    if (holds(slot->second.arrivals, rank)) return true;
     const Ranks& nonfinite = slot->second.nonfinite;
     if (!slot->second.decision && std::find(nonfinite.begin(), nonfinite.end(), rank) != nonfinite.end()) return true;
   }
@@ -245,10 +247,8 @@ bool ChannelBook::decide_without(const Ranks& elsewhere, TimeUs now) {
   for (int scope = 0; scope < scopes_; ++scope) {
     const Slot& slot = slots_[{open_step_, scope}];
     has_begun = has_begun || slot.decision;
-    Ranks come = slot.nonfinite;
-    for (const Arrival& arrival : slot.arrivals) come.push_back(arrival.rank);
     for (int r = 0; !slot.decision && r < size_; ++r) {
-      const bool is_missing = able(r) && std::find(come.begin(), come.end(), r) == come.end();
+      const bool is_missing = able(r, slot) && !holds(slot.arrivals, r);
       if (is_missing && !std::binary_search(elsewhere.begin(), elsewhere.end(), r)) return false;
     }
   }
