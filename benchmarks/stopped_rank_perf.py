@@ -6,11 +6,12 @@ Computing is sleeping (simulated_training.py), with one backup worker. A child p
 its threads with it, at any moment, also in the middle of a reduction, and lets it go on --stop-s seconds later.
 
 Definition. The extra wait of a stop is what the longest step of any other rank that overlaps it took longer than the
-median step of that rank while nobody was stopped. The same is computed for as long a time in which nobody is stopped,
-again and again before the first stop: what a busy machine does by itself. Reported are the longest and the median extra
-wait over all stops, in how many of them the reduction that was going on had to be begun anew or ended without the rank,
-how many updates the stopped rank then caught up, and how long after SIGCONT it contributed again. All ranks verify that
-they applied the same updates, each from at least N contributors, with the right mean.
+median step of that rank while nobody was stopped. The same is computed for as long a time just before each stop: what a
+busy machine does by itself. Reported are the longest and the median extra wait over all stops and over the times
+without, the median of what each stop has more than the time before it, in how many stops the reduction that was going
+on had to be begun anew or ended without the rank, how many updates the stopped rank then caught up, and how long after
+SIGCONT it contributed again. All ranks verify that they applied the same updates, each from at least N contributors,
+with the right mean.
 """
 
 from __future__ import annotations
@@ -33,24 +34,22 @@ STOPPER = """
 import os, random, signal, sys, time
 parent, stops, stop_s, pause_s = os.getppid(), int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 moment = random.Random(int(sys.argv[4]))
-time.sleep(float(sys.argv[5]))
 for _ in range(stops):
-    time.sleep(pause_s * (0.5 + moment.random()))
+    time.sleep(stop_s + pause_s * (0.5 + moment.random()))
     begin = time.perf_counter()
     os.kill(parent, signal.SIGSTOP)
     time.sleep(stop_s)
     os.kill(parent, signal.SIGCONT)
     print(begin, time.perf_counter(), flush=True)
 """
-PAUSE_S = 1.0  # on average between two stops
-QUIET = 8  # times as long as a stop, before the first one
+PAUSE_S = 1.0  # on average, besides the time without a stop that is compared
 
 
 class Stopper:
     """Stops this process, again and again, from now on."""
 
     def __init__(self, stops: int, stop_s: float, seed: int) -> None:
-        numbers = [str(number) for number in (stops, stop_s, PAUSE_S, seed, QUIET * stop_s)]
+        numbers = [str(number) for number in (stops, stop_s, PAUSE_S, seed)]
         self._child = subprocess.Popen(
             [sys.executable, "-c", STOPPER, *numbers], stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -76,11 +75,9 @@ def extra_waits(records: Sequence[StepRecord], stops: Sequence[Span], spans: Seq
     ]
 
 
-def quiet_spans(records: Sequence[StepRecord], stops: Sequence[Span]) -> list[Span]:
-    """As long as a stop, one after the other, before the first one."""
-    length = stops[0][1] - stops[0][0]
-    start = records[2].began
-    return [(start + i * length, start + (i + 1) * length) for i in range(int((stops[0][0] - start) / length))]
+def times_before(stops: Sequence[Span]) -> list[Span]:
+    """For each stop, as long a time before it, in which nobody is stopped and whoever was is back."""
+    return [(begin - PAUSE_S / 4 - (end - begin), begin - PAUSE_S / 4) for begin, end in stops]
 
 
 def back_after(records: Sequence[StepRecord], stops: Sequence[tuple[float, float]]) -> list[float]:
@@ -104,7 +101,7 @@ def main() -> None:
     if comm.Split_type(MPI.COMM_TYPE_SHARED).size != comm.size:
         parser.error("the ranks must be on one machine: the times of a stop are compared with those of the others")
     hvd.init()
-    total = round(((args.stops + 1) * (1.5 * PAUSE_S + args.stop_s) + QUIET * args.stop_s) / (args.compute_ms / 1e3))
+    total = round((args.stops + 1) * (1.5 * PAUSE_S + 2 * args.stop_s) / (args.compute_ms / 1e3))
     training = SimulatedTraining(
         args.model_mib,
         args.compute_ms / 1e3,
@@ -119,11 +116,11 @@ def main() -> None:
     stops = comm.bcast(stopper.finish() if stopper else None, root=comm.size - 1)
     recorded = context.current().engine.recorded(total) if comm.rank == 0 else ""
     if records is not None:
-        quiet = quiet_spans(records[0], stops)
         waits, without = (
             [max(all_) for all_ in zip(*(extra_waits(rank, stops, times) for rank in records[:-1]), strict=True)]
-            for times in (stops, quiet)
+            for times in (stops, times_before(stops))
         )
+        added = [during - before for during, before in zip(waits, without, strict=True)]
         back = back_after(records[-1], stops)
         spans = [(begin, end + seconds) for (begin, end), seconds in zip(stops, back, strict=True)]
         results: dict[str, Any] = {
@@ -134,6 +131,7 @@ def main() -> None:
             "median_extra_wait_ms": measurement.percentile(waits, 50) * 1e3,
             "longest_without_stop_ms": max(without) * 1e3,
             "median_without_stop_ms": measurement.percentile(without, 50) * 1e3,
+            "median_added_ms": measurement.percentile(added, 50) * 1e3,
             "begun_anew": recorded.count('"event": "replaced"'),
             "ended_without": recorded.count('"event": "stopped"'),
             "caught_up": [sum(r.caught_up for r in records[-1] if begin < r.ended <= after) for begin, after in spans],
@@ -152,6 +150,7 @@ def print_results(args: argparse.Namespace, ranks: int, results: dict[str, Any])
         ("median [ms]", f"{results['median_extra_wait_ms']:.2f}"),
         ("without a stop: longest [ms]", f"{results['longest_without_stop_ms']:.1f}"),
         ("without a stop: median [ms]", f"{results['median_without_stop_ms']:.2f}"),
+        ("a stop has more than the time before it: median [ms]", f"{results['median_added_ms']:.2f}"),
         ("reductions begun anew", str(results["begun_anew"])),
         ("reductions ended without the rank", str(results["ended_without"])),
         ("updates caught up after each stop", ", ".join(map(str, results["caught_up"]))),

@@ -5,6 +5,8 @@
         ...                                     # runs in every rank; `size` and fixtures are optional
 
 Fixtures are set up here, once, and their values are sent to the ranks: they must pickle.
+
+    @pytest.mark.gpu                            # skipped, visibly, where PyTorch finds none
 """
 
 import signal
@@ -24,6 +26,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start is to be interruptible
     config.addinivalue_line("markers", "ranks(*sizes, timeout_s=120): run the test's body in each rank, at these sizes")
+    config.addinivalue_line("markers", "gpu: needs a GPU that PyTorch can use; the only tests that may be skipped")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -6,14 +6,38 @@ memory holds other numbers; what a copy still needs must not change. Unlike ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from random import Random
+from typing import Any
 
 import torch
 
+from hvd_backup import _core_testing as core
 from hvd_backup.torch import staging
 
 POISON = float("nan")
+
+
+class HostLibrary:
+    """The GPU library, its kernels run by the CPU (csrc/bindings/testing_gpu.cpp)."""
+
+    @staticmethod
+    def can_cast(gradient: str, wire: str) -> bool:
+        return core.gpu_can_cast(gradient, wire)
+
+    @staticmethod
+    def pack(
+        gradient: str,
+        wire: str,
+        gradients: Sequence[int],
+        begins: Sequence[int],
+        counts: Sequence[int],
+        bucket: int,
+        scale: float,
+        device: int | None,
+        stream: int,
+    ) -> None:
+        core.gpu_pack(gradient, wire, gradients, begins, counts, bucket, scale)
 
 
 class DelayedTransfers:
@@ -21,7 +45,7 @@ class DelayedTransfers:
 
     def __init__(self, seed: int = 0, streams: int = 2) -> None:
         """streams: the caller's work goes to one of so many, another one each time that it is asked."""
-        self.sent = self.loaded = 0
+        self.sent = self.loaded = self.fused = 0
         self.ungathered: set[int] = set()  # streams whose work the next copy would not wait for
         self._rng = Random(seed)
         self._streams = streams
@@ -36,8 +60,15 @@ class DelayedTransfers:
         self.ungathered.add(self._current)
         return self._current
 
-    def gather(self, streams: Iterable[Hashable]) -> None:
+    def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         self.ungathered -= set(streams)  # type: ignore[arg-type]
+
+    def pack(self, packing: staging.Packing, bucket: torch.Tensor, scale: float) -> None:
+        assert not self.ungathered, "packing that may overtake what makes a gradient"
+        if packing.fused(bucket, scale, stream=0):
+            self.fused += 1
+        else:
+            packing.write(bucket, scale)
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> DelayedCopy:
         assert not self.ungathered, "a copy that may overtake what packs its source"
@@ -90,6 +121,10 @@ class DelayedCopy:
         self._transfers.run_until(self)
 
 
-def use(transfers: staging.Transfers | None) -> None:
-    """From now on gradients on the CPU travel like those on a GPU."""
+def use(transfers: staging.Transfers | None, library: Any = HostLibrary) -> None:
+    """From now on gradients on the CPU travel like those on a GPU.
+
+    library: the GPU library; None: hvd_backup was built without it.
+    """
     staging.transfers_of = lambda device: transfers  # type: ignore[assignment]
+    staging.library = lambda: library  # type: ignore[assignment]

@@ -172,3 +172,19 @@ def test_tensorflow_perf(tmp_path: Path) -> None:
     fit = {r["contestant"]: r["p50_us"] for r in results if r["what"] == "fit"}
     assert fit["hvd_backup, b = 0, one rank late"] > 2 * fit["hvd_backup, b = 1, one rank late"]
     assert "fit: to nobody late" in printed
+
+
+def test_gpu_perf_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    """And where there is one, measures."""
+    import torch
+
+    if torch.cuda.is_available():
+        results, _ = quick_results("gpu_perf", tmp_path)
+        assert all(r["verified"] for r in results["kernels"]) and len(results["steps"]) == 4
+        return
+    command = [sys.executable, str(BENCHMARKS / "gpu_perf.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert (
+        done.stderr == "gpu_perf: PyTorch finds no GPU here (torch.cuda.is_available() is False), nothing to measure\n"
+    )

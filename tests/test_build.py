@@ -1,6 +1,7 @@
 """What the build promises: how the core is compiled, what it links, and what it says when it cannot be built."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hvd_backup
 from hvd_backup import _core
@@ -41,7 +43,13 @@ def test_the_core_is_compiled_once_and_alike(tmp_path: Path) -> None:
     commands = compile_commands(tmp_path)
     kernels = commands.pop("kernels/weighted_sum_isa.cpp")
     on_disk = {str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.cpp")}
-    assert set(commands) | {"kernels/weighted_sum_isa.cpp"} == on_disk, "every source file is part of the build"
+    gpu = {name: commands.pop(name) for name in ("bindings/gpu.cpp", "gpu/kernels.cu") if name in commands}
+    built = {*commands, *gpu, "kernels/weighted_sum_isa.cpp", "bindings/gpu.cpp"}
+    assert built - {"gpu/kernels.cu"} == on_disk, "every source file is part of the build"
+    assert bool(gpu) == ("GPU library    CUDA" in done.stdout)
+    for command in gpu.get("gpu/kernels.cu", []):
+        assert "--fmad=false" in command
+        assert all(f"sm_{architecture}" in command for architecture in (80, 90, 100))
     assert all(len(entries) == 1 for entries in commands.values()), "each file is compiled once, for all bindings"
     for command in [*kernels, *(entry for entries in commands.values() for entry in entries)]:
         standard = "-std=c++17" if "tensorflow_ops" in command else "-std=c++20"  # as TensorFlow itself
@@ -52,7 +60,7 @@ def test_the_core_is_compiled_once_and_alike(tmp_path: Path) -> None:
 
 
 def test_simd_can_be_left_out(tmp_path: Path) -> None:
-    done = configure(tmp_path, "-DHVD_BACKUP_WITH_SIMD=OFF")
+    done = configure(tmp_path, "-DHVD_BACKUP_WITH_SIMD=OFF", "-DHVD_BACKUP_GPU=OFF")
     assert done.returncode == 0, done.stdout + done.stderr
     (kernel,) = compile_commands(tmp_path)["kernels/weighted_sum_isa.cpp"]
     assert "HVD_BACKUP_ISA=baseline" in kernel
@@ -60,10 +68,44 @@ def test_simd_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_tensorflow_can_be_left_out(tmp_path: Path) -> None:
-    done = configure(tmp_path, "-DHVD_BACKUP_TENSORFLOW=OFF")
+    done = configure(tmp_path, "-DHVD_BACKUP_TENSORFLOW=OFF", "-DHVD_BACKUP_GPU=OFF")
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [name for name in compile_commands(tmp_path) if "tensorflow" in name]
     assert "TensorFlow ops none: HVD_BACKUP_TENSORFLOW=OFF" in done.stdout
+
+
+def test_the_gpu_library_can_be_left_out(tmp_path: Path) -> None:
+    done = configure(tmp_path, "-DHVD_BACKUP_GPU=OFF", "-DHVD_BACKUP_TENSORFLOW=OFF")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [name for name in compile_commands(tmp_path) if "gpu" in name]
+    assert "GPU library    none: HVD_BACKUP_GPU=OFF" in done.stdout
+
+
+@pytest.mark.parametrize("wanted", ["AUTO", "ON"])
+def test_without_nvcc_there_is_no_gpu_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """An nvcc that cannot be found: CMake also looks beside PATH."""
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "no-nvcc"))
+    done = configure(tmp_path / "build", f"-DHVD_BACKUP_GPU={wanted}", "-DHVD_BACKUP_TENSORFLOW=OFF")
+    if wanted == "AUTO":
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "GPU library    none: there is no nvcc" in done.stdout
+    else:
+        assert done.returncode != 0
+        assert "HVD_BACKUP_GPU=ON, but the GPU library would be none: there is no nvcc" in done.stderr
+
+
+def test_the_gpu_library_can_be_imported_without_a_gpu() -> None:
+    """And says what CUDA says when it is asked to do something."""
+    if importlib.util.find_spec("hvd_backup._gpu") is None:
+        return  # built without nvcc: test_without_nvcc_there_is_no_gpu_library
+    from hvd_backup import _gpu
+
+    assert _gpu.can_cast("float32", "bfloat16") and not _gpu.can_cast("bfloat16", "float32")
+    with pytest.raises(RuntimeError, match="in their order"):
+        _gpu.pack("float32", "float32", [0, 0], [4, 0], [4, 4], 0, 1.0, 0, 0)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA: "):
+            _gpu.pack("float32", "float32", [0], [0], [4], 0, 1.0, 0, 0)
 
 
 def test_without_mpicxx_configure_says_what_to_do(tmp_path: Path) -> None:

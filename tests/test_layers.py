@@ -16,10 +16,12 @@ MAY_INCLUDE = {
     "control": {"base"},
     "transport": {"base"},
     "kernels": {"base"},
+    "gpu": {"base"},  # a library of its own
     "collective": {"base", "transport", "kernels"},
     "engine": {"base", "control", "transport", "collective", "kernels"},
     "api": {"base", "control", "transport", "collective", "kernels", "engine"},
     "bindings": {"api"},
+    "bindings of the GPU library": {"base", "gpu", "bindings"},
 }
 # Control is pure: time and messages come in, messages come out.
 IMPURE = {
@@ -29,7 +31,7 @@ IMPURE = {
 
 
 def sources() -> list[Path]:
-    return sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp")])
+    return sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")])
 
 
 def is_testing(path: Path) -> bool:
@@ -48,7 +50,8 @@ def foreign_includes(path: Path) -> tuple[str, ...]:
 
 
 def layer(path: Path) -> str:
-    return path.relative_to(CSRC).parts[0]
+    folder = path.relative_to(CSRC).parts[0]
+    return "bindings of the GPU library" if folder == "bindings" and path.name.startswith("gpu") else folder
 
 
 def test_every_folder_of_csrc_is_a_layer_with_sources() -> None:
@@ -81,9 +84,10 @@ def test_includes_are_written_from_csrc() -> None:
         (r"mpi\.h", r"transport/mpi_\w+\.(h|cpp)"),
         (r"(nanobind/.*|Python\.h)", r"bindings/\w+\.(h|cpp)"),
         (r"tensorflow/.*", r"bindings/tensorflow_ops\.cpp"),
-        (r"(torch|ATen|c10|cuda|nccl).*", r"(?!)"),
+        (r"cuda.*", r"gpu/\w+\.(h|cu)"),
+        (r"(torch|ATen|c10|nccl).*", r"(?!)"),
     ],
-    ids=["mpi", "python", "tensorflow", "frameworks"],
+    ids=["mpi", "python", "tensorflow", "cuda", "frameworks"],
 )
 def test_each_foreign_library_has_one_home(header: str, where: str) -> None:
     homeless = [

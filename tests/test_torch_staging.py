@@ -1,9 +1,10 @@
-"""Gradients on a GPU, which reach the engine through host memory: with a stand-in for a GPU, and on one where one is.
+"""Gradients on a GPU, which reach the engine through host memory: with a stand-in for a GPU. On one: test_gpu.py.
 
 The stand-in copies late, and finds what is used too early (tests/delayed_transfers.py). That training gives the same
 bits with it as without is tested with everything that people combine: test_torch_combinations.py.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,15 +13,17 @@ import torch
 import hvd_backup.torch as hvd
 from hvd_backup.torch import staging
 from hvd_backup.torch.buckets import Buckets, plan
-from tests.delayed_transfers import DelayedTransfers, use
+from tests.delayed_transfers import DelayedTransfers, HostLibrary, use
 from tests.torch_training import batch, digest, loss_of, make_model
 
 
-@pytest.fixture
-def transfers(monkeypatch: pytest.MonkeyPatch) -> DelayedTransfers:
+@pytest.fixture(params=[HostLibrary, None], ids=["fused", "without the GPU library"])
+def transfers(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[DelayedTransfers]:
     late = DelayedTransfers()
     monkeypatch.setattr(staging, "transfers_of", lambda device: late)
-    return late
+    monkeypatch.setattr(staging, "library", lambda: request.param)
+    yield late
+    assert late.fused == (1 if request.param else 0)
 
 
 def filled(parameters: list[torch.Tensor]) -> Buckets:
@@ -38,14 +41,14 @@ def parameters_of(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 def test_a_contribution_is_in_host_memory_when_it_is_said_to_be(transfers: DelayedTransfers) -> None:
-    buckets = filled(parameters_of((2,), (3,)))
+    buckets = filled(parameters_of((4,), (3,)))
     (bucket,) = buckets.all
     assert bucket.sent.data_ptr() != bucket.contribution.data_ptr()
     assert bucket.sent.isnan().all()
     while not (sent := list(buckets.take_sent(wait=False))):
         assert bucket.sent.isnan().all()
     assert sent == [(0, bucket.sent.data_ptr(), bucket.received.data_ptr())]
-    assert bucket.sent.tolist() == [2.0, 2.0, 4.0, 4.0, 4.0]
+    assert bucket.sent.tolist() == [2.0] * 4 + [4.0] * 3
     assert list(buckets.take_sent(wait=True)) == [], "it is handed over once"
 
 
@@ -56,31 +59,31 @@ def test_all_streams_that_have_packed_are_gathered(transfers: DelayedTransfers) 
 
 
 def test_a_result_comes_back_and_stays_until_it_is_loaded(transfers: DelayedTransfers) -> None:
-    parameters = parameters_of((2,), (2, 2))
+    parameters = parameters_of((4,), (2, 2))
     buckets = filled(parameters)
     (bucket,) = buckets.all
     bucket.is_sent(wait=True)
-    bucket.received.copy_(torch.arange(6.0))
+    bucket.received.copy_(torch.arange(8.0))
     buckets.show_results(0.5, [True])
-    assert [parameter.grad.tolist() for parameter in parameters] == [[0.0, 0.5], [[1.0, 1.5], [2.0, 2.5]]]
+    assert [parameter.grad.tolist() for parameter in parameters] == [[0.0, 0.5, 1.0, 1.5], [[2.0, 2.5], [3.0, 3.5]]]
     bucket.received.zero_()
     with pytest.raises(AssertionError, match="has changed before"):
         buckets.results_loaded()
 
 
 def test_what_the_user_makes_of_a_result_is_what_late_ranks_get(transfers: DelayedTransfers) -> None:
-    parameters = parameters_of((2,), (2,))
+    parameters = parameters_of((4,), (2,))
     buckets = filled(parameters)
     (bucket,) = buckets.all
     bucket.is_sent(wait=True)
-    bucket.received.copy_(torch.arange(4.0))
+    bucket.received.copy_(torch.arange(6.0))
     buckets.show_results(1.0, [True])
     buckets.results_loaded()
-    parameters[0].grad = torch.tensor([7.0, 8.0])
+    parameters[0].grad = torch.tensor([6.0, 7.0, 8.0, 9.0])
     parameters[1].grad.mul_(10.0)
     buckets.settle_results()
     buckets.store_results()
-    assert bucket.received.tolist() == [7.0, 8.0, 20.0, 30.0]
+    assert bucket.received.tolist() == [6.0, 7.0, 8.0, 9.0, 40.0, 50.0]
 
 
 def test_roles_are_exchanged_in_host_memory_too(transfers: DelayedTransfers) -> None:
@@ -91,6 +94,47 @@ def test_roles_are_exchanged_in_host_memory_too(transfers: DelayedTransfers) -> 
     buckets.exchange_roles()
     assert (bucket.sent.data_ptr(), bucket.received.data_ptr()) == (received, sent)
     assert buckets.result_addresses() == [sent]
+
+
+@pytest.mark.parametrize("library", [HostLibrary, None], ids=["fused", "without the GPU library"])
+@pytest.mark.parametrize("compression", [hvd.Compression.none, hvd.Compression.fp16])
+@pytest.mark.parametrize("show", [False, True])
+def test_gradients_of_every_form_are_packed(
+    monkeypatch: pytest.MonkeyPatch, library: Any, compression: Any, show: bool
+) -> None:
+    """None, of another order of elements than its parameter, in its place already, not aligned: and twice."""
+    if show and compression is hvd.Compression.fp16:
+        return  # DistributedOptimizer refuses the two together
+    late = DelayedTransfers()
+    monkeypatch.setattr(staging, "transfers_of", lambda device: late)
+    monkeypatch.setattr(staging, "library", lambda: library)
+    parameters = parameters_of((3, 5), (7,), (2, 3, 4, 5), (6,), (1, 1))
+    parameters[2] = torch.nn.Parameter(parameters[2].detach().to(memory_format=torch.channels_last))
+    buckets = Buckets(parameters, [4, 1, 0, 3, 2], 1 << 20, compression=compression)
+    (bucket,) = buckets.all
+    for missing in (None, 3):
+        expected = []
+        for index, parameter in enumerate(parameters):
+            gradient = torch.randn(parameter.shape) if index != 2 else torch.randn_like(parameter)
+            parameter.grad = gradient if index != missing else None
+            if index == 1:
+                parameter.grad = torch.randn(8)[1:]
+            expected.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone())
+            buckets.pack(index, show)
+        buckets.send(0, prescale=0.5)
+        bucket.is_sent(wait=True)
+        for index, view in zip(bucket.members, bucket.contribution_views, strict=True):
+            assert torch.equal(view, (expected[index] * 0.5).to(view.dtype))
+            assert (parameters[index].grad is view) == (show and index != missing)
+        assert torch.equal(bucket.sent, bucket.contribution)
+        buckets.start_afresh()
+    parameters[0].grad = torch.randn(5, 3).t()
+    for index in range(len(parameters)):
+        buckets.pack(index, show)
+    buckets.send(0, prescale=1.0)
+    slot = bucket.members.index(0)
+    assert torch.equal(bucket.contribution_views[slot], parameters[0].grad.to(bucket.contribution.dtype))
+    assert late.fused == (0 if library is None else 3 if show else 2), "another order of elements: not by the library"
 
 
 def test_a_bucket_is_on_one_device() -> None:
@@ -112,7 +156,7 @@ def test_ranks_with_and_without_a_gpu_train_together() -> None:
     late = DelayedTransfers(seed=hvd.rank())
     digests = []
     for staged in (False, True):
-        use(late if staged and hvd.rank() % 2 else None)
+        use(late if staged and hvd.rank() % 2 else None, library=HostLibrary if hvd.rank() == 1 else None)
         model = make_model()
         optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
         for step in range(6):
@@ -122,38 +166,3 @@ def test_ranks_with_and_without_a_gpu_train_together() -> None:
         digests.append(digest(model, optimizer))
     assert digests[0] == digests[1]
     assert (late.sent > 0 and late.loaded > 0) == bool(hvd.rank() % 2)
-
-
-def on_gpu(*shape: int) -> Any:
-    return torch.ones(shape, device="cuda")
-
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@gpu
-@pytest.mark.ranks(2)
-def test_collectives_give_tensors_back_on_the_gpu() -> None:
-    hvd.init()
-    assert hvd.allreduce(on_gpu(3) * hvd.rank(), op=hvd.Sum).tolist() == [1.0] * 3
-    in_place = on_gpu(2) * hvd.rank()
-    hvd.allreduce_(in_place)
-    assert in_place.is_cuda and in_place.tolist() == [0.5, 0.5]
-    assert hvd.allgather(on_gpu(1, 2)).is_cuda
-    assert hvd.broadcast(on_gpu(2) * hvd.rank(), 1).tolist() == [1.0, 1.0]
-    assert hvd.first_n_allreduce(on_gpu(2), n=1).result.is_cuda
-
-
-@gpu
-@pytest.mark.ranks(4)
-def test_i1_training_on_a_gpu_that_ranks_share() -> None:
-    hvd.init()
-    torch.manual_seed(0)
-    model = make_model().cuda()
-    hvd.broadcast_parameters(model.state_dict(), 0)
-    optimizer = hvd.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), backup_workers=1)
-    for _ in hvd.follow(range(30), optimizer):
-        optimizer.zero_grad()
-        loss_of(model, tuple(x.cuda() for x in batch(hvd.rank(), optimizer.global_step))).backward()
-        optimizer.step()
-    assert len({tuple(each) for each in hvd.allgather_object([p.sum().item() for p in model.parameters()])}) == 1

@@ -32,10 +32,12 @@ def digest(model: torch.nn.Module, optimizer: Any = None) -> str:
     """SHA-256 of the weights and, if given, of the optimizer's state and hyperparameters, bit for bit."""
     sha = hashlib.sha256()
     for parameter in model.parameters():
-        sha.update(parameter.detach().contiguous().numpy().tobytes())
+        sha.update(parameter.detach().cpu().contiguous().numpy().tobytes())
         for key, value in sorted(optimizer.state[parameter].items()) if optimizer is not None else ():
             sha.update(key.encode())
-            sha.update(value.contiguous().numpy().tobytes() if isinstance(value, torch.Tensor) else pickle.dumps(value))
+            sha.update(
+                value.cpu().contiguous().numpy().tobytes() if isinstance(value, torch.Tensor) else pickle.dumps(value)
+            )
     for group in optimizer.param_groups if optimizer is not None else ():
         sha.update(repr(sorted((key, value) for key, value in group.items() if key != "params")).encode())
     return sha.hexdigest()

@@ -14,7 +14,7 @@ check() { # name, command...
   "$@" || failed+=("$name")
 }
 
-native=$(find csrc -name '*.h' -o -name '*.cpp' | sort)
+native=$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort)
 short_lines() { ! LC_ALL=C.UTF-8 grep -nE '^.{121,}$' $native; } # clang-format leaves comments alone
 
 check "ruff check" ruff check .

@@ -57,7 +57,7 @@ SANITIZERS = {
             *("tests/test_messages.py", "tests/test_message_fuzz.py", "tests/test_engine.py"),
             *("tests/test_transport.py", "tests/test_node_exchange.py", "tests/test_collective.py"),
             *("tests/test_control_rules.py", "tests/test_control_policy.py", "tests/test_chooser.py"),
-            "tests/test_kernels.py",
+            *("tests/test_kernels.py", "tests/test_gpu_kernels.py"),
             # Not ranks as processes (MPI's own memory), not 9 GiB, not hundreds of members where a few will do.
             *(
                 "-k",
@@ -90,7 +90,7 @@ def build(sanitizer: Sanitizer, folder: Path) -> None:
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DCMAKE_BUILD_TYPE=Sanitize",  # none of CMake's own, so assertions are on
             f"-DCMAKE_CXX_FLAGS=-g1 -fno-omit-frame-pointer {sanitizer.flags}",
-            *("-DHVD_BACKUP_TESTING=ON", "-DHVD_BACKUP_TENSORFLOW=OFF"),
+            *("-DHVD_BACKUP_TESTING=ON", "-DHVD_BACKUP_TENSORFLOW=OFF", "-DHVD_BACKUP_GPU=OFF"),
         ],
         check=True,
     )

@@ -20,8 +20,8 @@ from hvd_backup.context import Context
 from hvd_backup.errors import UsageError
 from hvd_backup.keras.updates import Appliable, KerasUpdates, UpdateOptions, name_of
 from hvd_backup.policy import Policy
-from hvd_backup.torch.buckets import DTYPES, Buckets, gradients_kept
-from hvd_backup.torch.staging import is_supported
+from hvd_backup.torch.buckets import Buckets, gradients_kept
+from hvd_backup.torch.staging import DTYPES, is_supported
 from hvd_backup.training import Training
 
 __all__ = ["TorchUpdates"]

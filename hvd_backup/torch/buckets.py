@@ -20,13 +20,12 @@ import torch
 
 from hvd_backup.errors import ConfigError
 from hvd_backup.torch import staging
-from hvd_backup.torch.compression import NoneCompressor
+from hvd_backup.torch.compression import FP16Compressor, NoneCompressor
+from hvd_backup.torch.staging import DTYPES
 
-__all__ = ["DTYPES", "Bucket", "Buckets", "Wire", "dense_strides", "gradients_kept", "plan"]
+__all__ = ["Bucket", "Buckets", "Wire", "dense_strides", "gradients_kept", "plan"]
 
-# Names as the engine has them.
-DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
-
+PLACE_BYTES = 16  # a gradient's place in a bucket begins at a multiple of this: what a GPU's thread moves at once
 
 _Kind = tuple[torch.dtype, torch.device]
 
@@ -121,12 +120,16 @@ class Wire:
         self._compression = compression
         self._sparse_dim = sparse_dim
         self._as_it_is = sparse_dim == 0 and compression.decompress(probe, self._context) is probe
+        self._is_cast = compression in (NoneCompressor, FP16Compressor)  # what copying into a bucket does as well
 
-    def write(self, gradient: torch.Tensor, view: torch.Tensor) -> None:
-        """Puts a gradient into its place in a bucket."""
+    def outgoing(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What is to be copied into the gradient's place in a bucket."""
         dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+        if self._is_cast:
+            return dense
+        compressed: torch.Tensor
         compressed, self._context = self._compression.compress(dense)
-        view.copy_(compressed)
+        return compressed
 
     def read(self, view: torch.Tensor) -> torch.Tensor:
         """The gradient that lies in a bucket: the view itself, if it travels as it is."""
@@ -153,7 +156,12 @@ class Bucket:
         self.members = members
         self._device = parameters[members[0]].device
         self._transfers = staging.transfers_of(self._device)
-        elements = sum(parameters[index].numel() for index in members)
+        step = PLACE_BYTES // dtype.itemsize
+        self._places, elements = [], 0
+        for index in members:
+            elements = -(-elements // step) * step
+            self._places.append(elements)
+            elements += parameters[index].numel()
         self.contribution, self.sent = self._buffers(elements, dtype)
         self.result, self.received = self._buffers(elements, dtype)
         self.contribution_views = self._views(self.contribution, parameters)
@@ -161,6 +169,7 @@ class Bucket:
         self.residual: torch.Tensor | None = None
         self.unpacked = len(members)
         self._packed_on: set[Hashable] = set()  # streams
+        self._packing = staging.Packing()  # not yet in the contribution
         self._sending: staging.Copy | None = None
         self._loading: staging.Copy | None = None
 
@@ -169,19 +178,37 @@ class Bucket:
         return buffer, buffer if self._transfers is None else self._transfers.host_memory(elements, dtype)
 
     def _views(self, buffer: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        views, offset = [], 0
-        for index in self.members:
+        views = []
+        for index, place in zip(self.members, self._places, strict=True):
             parameter = parameters[index]
             view = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
-            views.append(view.set_(buffer.untyped_storage(), offset, parameter.shape, dense_strides(parameter)))
-            offset += parameter.numel()
+            views.append(view.set_(buffer.untyped_storage(), place, parameter.shape, dense_strides(parameter)))
         return views
 
-    def packed(self) -> None:
-        """One more gradient is there: or will be, when the stream has come to it."""
+    def pack(self, slot: int, gradient: torch.Tensor | None, at_once: bool) -> None:
+        """One more gradient goes into its place: on a GPU with all others in `send`, unless it has to be `at_once`.
+
+        Args:
+            slot: whose, of the members.
+            gradient: of the parameter's shape; the view, if it lies there already; None counts as zero.
+        """
         self.unpacked -= 1
+        view = self.contribution_views[slot]
         if self._transfers is not None:
             self._packed_on.add(self._transfers.stream())
+            self._packing.add(view if at_once else gradient, view)
+            if not at_once:
+                return
+        if gradient is None:
+            view.zero_()
+        elif gradient is not view:
+            view.copy_(gradient)
+
+    def start_afresh(self) -> None:
+        """Nothing of the next contribution is there yet."""
+        self.unpacked = len(self.members)
+        self._packed_on.clear()
+        self._packing = staging.Packing()
 
     def exchange_roles(self) -> None:
         """The result becomes the next contribution's buffer, and the other way round."""
@@ -192,9 +219,9 @@ class Bucket:
     def send(self, prescale: float) -> None:
         """Scales what has been packed, adds what was dropped before, and starts on its way to `sent`."""
         if self._transfers is not None:
-            self._transfers.gather(self._packed_on)
-            self._packed_on.clear()
-        if prescale != 1.0:
+            self._transfers.gather(self._packed_on, self._packing.tensors())
+            self._transfers.pack(self._packing, self.contribution, prescale)
+        elif prescale != 1.0:
             self.contribution.mul_(prescale)
         if self.residual is not None:
             self.contribution.add_(self.residual)
@@ -284,16 +311,13 @@ class Buckets:
         """
         number, slot = self._home[index]
         bucket = self.all[number]
-        view = bucket.contribution_views[slot]
         parameter = self._parameters[index]
-        gradient = parameter.grad
-        if gradient is None:
-            view.zero_()
-        elif gradient is not view:
-            self._wires[index].write(gradient, view)
-            if show:
-                parameter.grad = view
-        bucket.packed()
+        gradient, view = parameter.grad, bucket.contribution_views[slot]
+        if gradient is not None and gradient is not view:
+            gradient = self._wires[index].outgoing(gradient)
+        bucket.pack(slot, gradient, at_once=show)
+        if show and gradient is not None:
+            parameter.grad = view
         return number if bucket.unpacked == 0 else None
 
     def send(self, number: int, prescale: float) -> None:
@@ -319,7 +343,7 @@ class Buckets:
         """Nothing of the next contribution is there yet."""
         self._sending.clear()
         for bucket in self.all:
-            bucket.unpacked = len(bucket.members)
+            bucket.start_afresh()
 
     def show_results(self, postscale: float, filled: list[bool]) -> None:
         """Makes p.grad show the results, times `postscale`; zeros in a bucket that is not `filled`."""
@@ -355,7 +379,7 @@ class Buckets:
                 if gradient is None:
                     view.zero_()
                 else:
-                    self._wires[index].write(gradient, view)
+                    view.copy_(self._wires[index].outgoing(gradient))
                 self._parameters[index].grad = self._wires[index].read(view)
 
     def spoil_result(self) -> None:

@@ -13,10 +13,9 @@ import torch
 
 from hvd_backup.errors import ConfigError, UsageError
 from hvd_backup.first_n import ReduceOp
-from hvd_backup.torch.buckets import DTYPES
 from hvd_backup.torch.compression import NoneCompressor
 from hvd_backup.torch.horovod_names import is_global
-from hvd_backup.torch.staging import is_supported
+from hvd_backup.torch.staging import DTYPES, is_supported
 
 __all__ = [
     "check_compression",

@@ -4,6 +4,8 @@ from collections import Counter
 
 import torch
 
+from hvd_backup.torch import staging
+
 __all__ = ["facts"]
 
 
@@ -13,8 +15,9 @@ def facts() -> list[tuple[str, str]]:
         return [("GPU", "none that PyTorch can use")]
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    packed = "one launch of the GPU library" if staging.library() else "PyTorch's operations: built without nvcc"
     return [
         ("GPU", ", ".join(f"{count} x {name}" for name, count in names.items())),
         ("NCCL", f"{nccl}, not used"),
-        ("GPU gradients", "through pinned host memory"),
+        ("GPU gradients", f"through pinned host memory; buckets packed by {packed}"),
     ]

@@ -2,22 +2,37 @@
 
     gradients -> contribution (GPU) -> sent (pinned) -> engine -> received (pinned) -> result (GPU) -> p.grad
 
-Copies go over a stream of our own, which waits for what produced the data; whoever uses a result on the GPU waits for
-the copy there. The host waits in two places only: a contribution is handed to the engine when it has arrived in host
-memory, and the next result is asked for when the last one has left it.
+A bucket is packed, scaled and cast by one launch of the GPU library (hvd_backup._gpu), or by PyTorch's own operations
+if hvd_backup was built without it. Copies go over a stream of our own, which waits for what produced the data; whoever
+uses a result on the GPU waits for the copy there. The host waits in two places only: a contribution is handed to the
+engine when it has arrived in host memory, and the next result is asked for when the last one has left it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterable
+from types import ModuleType
 from typing import Protocol
 
 import torch
 
 from hvd_backup.errors import UsageError
 
-__all__ = ["Copy", "CudaTransfers", "Transfers", "is_supported", "transfers_of"]
+__all__ = ["DTYPES", "Copy", "CudaTransfers", "Packing", "Transfers", "is_supported", "library", "transfers_of"]
+
+# Names as the engine has them.
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
+
+
+@functools.cache
+def library() -> ModuleType | None:
+    """The GPU library, or None: hvd_backup was built without it."""
+    try:
+        from hvd_backup import _gpu
+    except ImportError:
+        return None
+    return _gpu
 
 
 class Copy(Protocol):
@@ -39,14 +54,82 @@ class Transfers(Protocol):
     def stream(self) -> Hashable:
         """Where the caller's work on the device goes now."""
 
-    def gather(self, streams: Iterable[Hashable]) -> None:
-        """What the caller does next comes after what was begun on these streams."""
+    def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
+        """What the caller does next comes after what was begun on these streams, which made these tensors."""
+
+    def pack(self, packing: Packing, bucket: torch.Tensor, scale: float) -> None:
+        """Starts to put gradients into their bucket, scaled and cast, after the caller's work so far."""
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> Copy:
         """Starts it, after the caller's work so far; `source` must stay as it is until it has ended."""
 
     def to_device(self, source: torch.Tensor, target: torch.Tensor) -> Copy:
         """Starts it, after the caller's work so far; what the caller does next on the device comes after it."""
+
+
+class Packing:
+    """Gradients on their way into a bucket, each with the view that is its place.
+
+    Attributes:
+        gradients: of the bucket's dtype or of another one; None counts as zero.
+        views: of the same shapes.
+    """
+
+    def __init__(self) -> None:
+        self.gradients: list[torch.Tensor | None] = []
+        self.views: list[torch.Tensor] = []
+
+    def add(self, gradient: torch.Tensor | None, view: torch.Tensor) -> None:
+        """One more. It may be the view itself."""
+        self.gradients.append(gradient)
+        self.views.append(view)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that are not None."""
+        return [gradient for gradient in self.gradients if gradient is not None]
+
+    def write(self, bucket: torch.Tensor, scale: float) -> None:
+        """With PyTorch's operations: few launches, and one more for the scale."""
+        sources, targets = [], []
+        for gradient, view in zip(self.gradients, self.views, strict=True):
+            if gradient is None:
+                view.zero_()
+            elif gradient is not view:
+                sources.append(gradient)
+                targets.append(view)
+        if sources:
+            torch._foreach_copy_(targets, sources)
+        if scale != 1.0:
+            bucket.mul_(scale)
+
+    def fused(self, bucket: torch.Tensor, scale: float, stream: int) -> bool:
+        """With one launch of the GPU library, if that can do it."""
+        gpu = library()
+        dtypes = {gradient.dtype for gradient in self.tensors()} or {bucket.dtype}
+        if gpu is None or len(dtypes) > 1:
+            return False
+        (dtype,) = dtypes
+        if dtype not in DTYPES or not gpu.can_cast(DTYPES[dtype], DTYPES[bucket.dtype]):
+            return False
+        order = sorted(range(len(self.views)), key=lambda i: self.views[i].storage_offset())
+        addresses = []
+        for i in order:
+            gradient, view = self.gradients[i], self.views[i]
+            if gradient is not None and gradient.stride() != view.stride() and gradient.numel() > 1:
+                return False  # its elements lie in another order
+            addresses.append(0 if gradient is None else gradient.data_ptr())
+        gpu.pack(
+            DTYPES[dtype],
+            DTYPES[bucket.dtype],
+            addresses,
+            [self.views[i].storage_offset() for i in order],
+            [self.views[i].numel() for i in order],
+            bucket.data_ptr(),
+            scale,
+            bucket.device.index,
+            stream,
+        )
+        return True
 
 
 class CudaTransfers:
@@ -65,12 +148,19 @@ class CudaTransfers:
         """See Transfers."""
         return torch.cuda.current_stream(self._device)
 
-    def gather(self, streams: Iterable[Hashable]) -> None:
+    def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         """See Transfers."""
         current = torch.cuda.current_stream(self._device)
-        for stream in streams:
-            if stream != current:
-                current.wait_stream(stream)  # type: ignore[arg-type]  # it is one of CUDA's
+        others = [stream for stream in streams if stream != current]
+        for stream in others:
+            current.wait_stream(stream)  # type: ignore[arg-type]  # it is one of CUDA's
+        for tensor in tensors if others else ():
+            tensor.record_stream(current)  # should it be freed meanwhile
+
+    def pack(self, packing: Packing, bucket: torch.Tensor, scale: float) -> None:
+        """See Transfers."""
+        if not packing.fused(bucket, scale, torch.cuda.current_stream(self._device).cuda_stream):
+            packing.write(bucket, scale)
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> Copy:
         """See Transfers."""

@@ -1,0 +1,40 @@
+// What the GPU library does: one launch each, on a stream of the caller, who is not waited for. Every address is one
+// that the GPU can use, and must stay valid until the stream has come past the launch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "base/data_type.h"
+
+namespace hvd_backup::gpu {
+
+struct Piece;
+struct Tally;
+
+// A cudaStream_t, and the device that it belongs to.
+struct Stream {
+  int device;
+  void* handle;
+};
+
+// Which dtypes: those that can_cast (launch.h) says: equal ones, float32 to float16 and bfloat16, float64 to float16
+// and float32.
+//
+// bucket[piece.begin + i] = scale * piece.gradient[i] for all pieces, cast to `wire`; zeros where there is no gradient.
+// A gradient may lie in its very place in the bucket.
+//
+// tally: if given, the squared norm of what has been written, and whether it holds a NaN or an infinity.
+void pack(DataType gradient, DataType wire, std::span<const Piece> pieces, void* bucket, double scale, Stream stream,
+          Tally* tally);
+
+// piece.gradient[i] = scale * bucket[piece.begin + i], cast to `gradient`.
+void unpack(DataType gradient, DataType wire, std::span<const Piece> pieces, void* bucket, double scale, Stream stream);
+
+// destination[e] = scale * sum_i weights[i] * sources[i][e], summed in that order, to the same bits as weighted_sum.
+// The destination may be one of the sources. Floating point only; 1 to sources_at_once sources.
+void sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
+         double scale, std::size_t count, Stream stream);
+
+}  // namespace hvd_backup::gpu

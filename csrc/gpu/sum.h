@@ -1,0 +1,103 @@
+// The sum of several buffers, in rank order: sum_tile is what one thread of the kernel does. The same bits as
+// kernels/weighted_sum.h: destination[e] = scale * sum_i weights[i] * sources[i][e].
+#pragma once
+
+#include <cstdint>
+
+#include "gpu/elements.h"
+#include "gpu/move.h"
+
+namespace hvd_backup::gpu {
+
+// Travel as an argument of the kernel.
+inline constexpr int sources_at_once = 1024;
+struct Sources {
+  int count;  // at least 1
+  const void* source[sources_at_once];
+  double weight[sources_at_once];
+};
+
+template <class Format>
+struct Sum {
+  using Lane = typename Format::Lane;
+  using Element = typename Format::Stored;
+  static constexpr int width = 16 / sizeof(Element);
+  static constexpr std::uint64_t tile = std::uint64_t{threads_per_block} * vectors_at_once * width;
+  using Elements = Vector<Element, width>;
+
+  Lane scale;
+  bool wide;  // every buffer is aligned for Elements
+
+  HVD_BACKUP_EVERYWHERE static bool is_wide(const Sources& sources, const void* destination) {
+    bool all = is_aligned_for<Elements>(destination);
+    for (int i = 0; i < sources.count; ++i) all = all && is_aligned_for<Elements>(sources.source[i]);
+    return all;
+  }
+
+  // Elements [from, from + tile) of `count`, as far as they fall to one of threads_per_block threads. The destination
+  // may be one of the sources.
+  HVD_BACKUP_EVERYWHERE void sum_tile(const Sources& sources, Element* destination, std::uint64_t from,
+                                      std::uint64_t count, unsigned thread) const {
+    const std::uint64_t to = from + tile < count ? from + tile : count;
+    std::uint64_t scalars = from;
+    if (wide) {
+      const std::uint64_t vectors = (to - from) / width;
+      if (vectors == std::uint64_t{threads_per_block} * vectors_at_once) {
+        sum_vectors(sources, destination, from / width + thread);
+      } else {
+        for (std::uint64_t v = thread; v < vectors; v += threads_per_block) {
+          sum_vector(sources, destination, from / width + v);
+        }
+      }
+      scalars += vectors * width;
+    }
+    for (std::uint64_t e = scalars + thread; e < to; e += threads_per_block) {
+      Lane total = term(sources, 0, static_cast<const Element*>(sources.source[0])[e]);
+      for (int i = 1; i < sources.count; ++i)
+        total += term(sources, i, static_cast<const Element*>(sources.source[i])[e]);
+      destination[e] = Format::store(total * scale);
+    }
+  }
+
+ private:
+  // vectors_at_once vectors, threads_per_block apart.
+  HVD_BACKUP_EVERYWHERE void sum_vectors(const Sources& sources, Element* destination, std::uint64_t first) const {
+    Lane total[vectors_at_once][width];
+    for (int i = 0; i < sources.count; ++i) {
+      const auto* source = static_cast<const Elements*>(sources.source[i]) + first;
+      Elements loaded[vectors_at_once];
+      for (int k = 0; k < vectors_at_once; ++k) loaded[k] = source[k * threads_per_block];
+      for (int k = 0; k < vectors_at_once; ++k) {
+        for (int j = 0; j < width; ++j) {
+          const Lane value = term(sources, i, loaded[k].element[j]);
+          total[k][j] = i == 0 ? value : total[k][j] + value;
+        }
+      }
+    }
+    for (int k = 0; k < vectors_at_once; ++k) {
+      Elements stored;
+      for (int j = 0; j < width; ++j) stored.element[j] = Format::store(total[k][j] * scale);
+      reinterpret_cast<Elements*>(destination)[first + k * threads_per_block] = stored;
+    }
+  }
+
+  HVD_BACKUP_EVERYWHERE void sum_vector(const Sources& sources, Element* destination, std::uint64_t v) const {
+    Lane total[width];
+    for (int i = 0; i < sources.count; ++i) {
+      const Elements loaded = static_cast<const Elements*>(sources.source[i])[v];
+      for (int j = 0; j < width; ++j) {
+        const Lane value = term(sources, i, loaded.element[j]);
+        total[j] = i == 0 ? value : total[j] + value;
+      }
+    }
+    Elements stored;
+    for (int j = 0; j < width; ++j) stored.element[j] = Format::store(total[j] * scale);
+    reinterpret_cast<Elements*>(destination)[v] = stored;
+  }
+
+  HVD_BACKUP_EVERYWHERE static Lane term(const Sources& sources, int i, Element element) {
+    return Format::load(element) * static_cast<Lane>(sources.weight[i]);
+  }
+};
+
+}  // namespace hvd_backup::gpu

@@ -1,0 +1,124 @@
+"""On a GPU: the library's kernels, collectives, and training by ranks that share one. Skipped where there is none.
+
+compute-sanitizer --tool memcheck python -m pytest tests/test_gpu.py -k kernel      # and --tool racecheck
+"""
+
+import os
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hvd_backup.torch as hvd
+from hvd_backup import _core_testing as core
+from hvd_backup.torch import staging
+from tests.arithmetic import FLOATS, random_elements, storage
+from tests.test_gpu_kernels import CASTS
+from tests.torch_training import batch, digest, loss_of, make_model
+
+pytestmark = pytest.mark.gpu
+
+COUNTS = [1, 7, 4096, 100_003, 0, 65536, 3]
+
+
+def library() -> Any:
+    found = staging.library()
+    assert found is not None, "on a machine with a GPU, tests want hvd_backup built where nvcc is"
+    return found
+
+
+def stored(dtype: str, count: int, rng: np.random.Generator) -> Any:
+    """Random elements of any bit pattern, in a tensor of bytes on the GPU, and the same in host memory."""
+    elements = random_elements(dtype, count, rng, special=True)
+    return torch.from_numpy(elements.view(np.uint8).copy()).cuda(), elements
+
+
+def same_bytes(tensor: torch.Tensor, array: Any) -> bool:
+    return tensor.cpu().numpy().tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(("gradient", "wire"), CASTS)
+def test_kernels_give_the_bits_that_they_give_on_the_cpu(gradient: str, wire: str) -> None:
+    rng = np.random.default_rng(0)
+    step = 16 // storage(wire).itemsize
+    begins, end = [], 0
+    for count in COUNTS:
+        begins.append(end)
+        end += -(-count // step) * step
+    there, here = zip(*(stored(gradient, count, rng) for count in COUNTS), strict=True)
+    bucket, expected = stored(wire, end, rng)
+    tally = torch.ones(2, dtype=torch.float64, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    sizes = begins, COUNTS
+    library().pack(
+        gradient, wire, [t.data_ptr() for t in there], *sizes, bucket.data_ptr(), 1 / 3, 0, stream, tally.data_ptr()
+    )
+    _, squares, nonfinite = core.gpu_pack(
+        gradient, wire, [a.ctypes.data for a in here], *sizes, expected.ctypes.data, 1 / 3, True
+    )
+    assert same_bytes(bucket, expected)
+    assert (tally[1].item() != 0) == nonfinite
+    assert tally[0].item() == pytest.approx(squares, rel=1e-9, nan_ok=True)
+    library().unpack(gradient, wire, [t.data_ptr() for t in there], *sizes, bucket.data_ptr(), 3.0, 0, stream)
+    core.gpu_unpack(gradient, wire, [a.ctypes.data for a in here], *sizes, expected.ctypes.data, 3.0)
+    assert all(same_bytes(tensor, array) for tensor, array in zip(there, here, strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_sum_kernel_gives_the_bits_of_the_cpus(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    for count in COUNTS:
+        there, here = zip(*(stored(dtype, count, rng) for _ in range(5)), strict=True)
+        weights = [1.0, 0.3, -2.5, 0.0, 1.0]
+        stream = torch.cuda.current_stream().cuda_stream
+        library().sum(dtype, there[4].data_ptr(), [t.data_ptr() for t in there], weights, 0.25, count, 0, stream)
+        pointers = [array.ctypes.data for array in here]
+        core.weighted_sum(dtype, pointers[4], pointers, weights, 0.25, count)
+        assert same_bytes(there[4], here[4])
+
+
+@pytest.mark.ranks(2)
+def test_collectives_give_tensors_back_on_the_gpu() -> None:
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, device="cuda")
+
+    hvd.init()
+    assert hvd.allreduce(ones(3) * hvd.rank(), op=hvd.Sum).tolist() == [1.0] * 3
+    in_place = ones(2) * hvd.rank()
+    hvd.allreduce_(in_place)
+    assert in_place.is_cuda and in_place.tolist() == [0.5, 0.5]
+    assert hvd.allgather(ones(1, 2)).is_cuda
+    assert hvd.broadcast(ones(2) * hvd.rank(), 1).tolist() == [1.0, 1.0]
+    assert hvd.first_n_allreduce(ones(2), n=1).result.is_cuda
+
+
+@pytest.mark.parametrize("where", ["current stream", "another stream"])
+@pytest.mark.parametrize("compression", ["none", "fp16"])
+@pytest.mark.ranks(4)
+def test_i1_training_on_a_gpu_that_ranks_share(where: str, compression: str) -> None:
+    """Random delays, one backup worker: the same weights, bit for bit."""
+    hvd.init()
+    torch.manual_seed(0)
+    model = make_model().cuda()
+    hvd.broadcast_parameters(model.state_dict(), 0)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.Adam(model.parameters(), lr=0.01),
+        backup_workers=1,
+        compression=getattr(hvd.Compression, compression),
+    )
+    rng = random.Random(os.getpid())
+    side = torch.cuda.Stream() if where == "another stream" else torch.cuda.current_stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in hvd.follow(range(60), optimizer):
+            time.sleep(rng.choice([0, 0, 0.002, 0.02]))
+            optimizer.zero_grad()
+            loss_of(model, tuple(x.cuda() for x in batch(hvd.rank(), optimizer.global_step))).backward()
+            optimizer.step()
+    torch.cuda.synchronize()
+    digests = hvd.allgather_object(digest(model, optimizer))
+    assert all(each == digests[0] for each in digests)
+    assert optimizer.global_step == 60
