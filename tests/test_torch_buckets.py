@@ -100,7 +100,10 @@ def test_gradients_go_in_and_results_come_out(show: bool) -> None:
                 parameter.grad = None  # counts as zero
             zero = torch.zeros_like(parameter)
             given_gradients.append(zero if parameter.grad is None else parameter.grad.detach().clone())
-        complete = [number for index in range(len(parameters)) if (number := buckets.pack(index, show)) is not None]
+        complete = []
+        for index in range(len(parameters)):
+            buckets.pack(index, show)
+            complete += [number for number, _, _ in buckets.take_sent(wait=False)]
         assert sorted(complete) == list(range(len(buckets.all))), step
         for bucket in buckets.all:
             for slot, index in enumerate(bucket.members):

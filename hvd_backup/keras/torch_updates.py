@@ -65,7 +65,13 @@ class TorchUpdates(KerasUpdates):
         parameters = [variable.value for variable in variables]
         backwards = list(reversed(range(len(parameters))))
         options = self._options
-        buckets = Buckets(parameters, backwards, options.bucket_bytes, compression=options.compression)
+        buckets = Buckets(
+            parameters,
+            backwards,
+            options.bucket_bytes,
+            compression=options.compression,
+            prescale=options.prescale,
+        )
         told = [(tuple(parameter.shape), DTYPES[parameter.dtype]) for parameter in parameters]
         update_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         self.training.open(self._describe(variables, told), b"", update_bytes)
@@ -78,9 +84,7 @@ class TorchUpdates(KerasUpdates):
         with self.outside_step():
             for index, gradient in enumerate(sent):
                 self._parameters[index].grad = gradient
-                number = self._buckets.pack(index, show=False)
-                if number is not None:
-                    self._buckets.send(number, self._options.prescale)
+                self._buckets.pack(index, show=False)
             for packed in self._buckets.take_sent(wait=True):
                 self.training.contribute(self._metadata)
                 self.training.submit(*packed)

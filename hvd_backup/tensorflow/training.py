@@ -11,7 +11,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from hvd_backup.applied import AppliedUpdate, describe_update, no_update_yet
+from hvd_backup.applied import AppliedUpdate, describe_update
 from hvd_backup.context import Context
 from hvd_backup.policy import Policy
 from hvd_backup.tensorflow.streams import Stream
@@ -37,7 +37,7 @@ class GraphTraining(Training):
     """See the module."""
 
     _stream: Stream | None = None
-    _taken_over: AppliedUpdate | None = None  # the last update of the rank whose state it was
+    _taken_over: AppliedUpdate  # the last update of the rank whose state it was, or that there was none yet
     _resynced_in = -2  # after so many steps, in the next one
 
     def __init__(self, place: Context, policy: Policy, framework: GraphFramework) -> None:
@@ -67,7 +67,7 @@ class GraphTraining(Training):
     def last_update(self) -> AppliedUpdate:
         """The newest update applied here, or that of a state taken over, and what became of the last gradient."""
         told = self._account()
-        newest = self._taken_over or no_update_yet(self._metrics.names)
+        newest = self._taken_over
         if self._earlier_steps + told.get("step", -1) > newest.step:
             update: Any = SimpleNamespace(**told)
             means = self._metrics.means(has_result=len(update.contributors[-1]) > 0)

@@ -272,6 +272,7 @@ class Buckets:
         order, bucket_bytes, groups: see `plan`.
         compression: see `Wire`.
         sparse: the sparse dimensions of those gradients that are sparse, by index.
+        prescale: a factor for what is sent.
     """
 
     def __init__(
@@ -282,11 +283,13 @@ class Buckets:
         groups: Sequence[Sequence[int]] | None = None,
         compression: Any = NoneCompressor,
         sparse: Mapping[int, int] | None = None,
+        prescale: float = 1.0,
     ) -> None:
         self._wires = [Wire(p, compression, (sparse or {}).get(i, 0)) for i, p in enumerate(parameters)]
         planned = plan(parameters, order, bucket_bytes, groups)
         self.all = [Bucket(members, parameters, self._wires[members[0]].dtype) for members in planned]
         self._parameters = parameters
+        self._prescale = prescale
         self._shown: list[torch.Tensor | None] = [None] * len(parameters)
         self._sending: deque[int] = deque()  # in order
         home = {i: (b, slot) for b, bucket in enumerate(self.all) for slot, i in enumerate(bucket.members)}
@@ -300,14 +303,13 @@ class Buckets:
         """Where results go now."""
         return [bucket.received.data_ptr() for bucket in self.all]
 
-    def pack(self, index: int, show: bool) -> int | None:
+    def pack(self, index: int, show: bool) -> None:
         """Puts p.grad of a parameter into its bucket, unless it lies there already. No gradient counts as zero.
+
+        A bucket that this has completed is on its way: see `take_sent`.
 
         Args:
             show: p.grad becomes the view in the bucket.
-
-        Returns:
-            The number of the bucket, when this has completed it.
         """
         number, slot = self._home[index]
         bucket = self.all[number]
@@ -318,12 +320,9 @@ class Buckets:
         bucket.pack(slot, gradient, at_once=show)
         if show and gradient is not None:
             parameter.grad = view
-        return number if bucket.unpacked == 0 else None
-
-    def send(self, number: int, prescale: float) -> None:
-        """A bucket is complete: see Bucket."""
-        self.all[number].send(prescale)
-        self._sending.append(number)
+        if bucket.unpacked == 0:
+            bucket.send(self._prescale)
+            self._sending.append(number)
 
     def take_sent(self, wait: bool) -> Iterator[tuple[int, int, int]]:
         """Those that the engine can read by now, once, in the order in which they were sent.

@@ -222,10 +222,8 @@ class GradientExchange:
     def _pack(self, buckets: Buckets, index: int) -> None:
         """Puts a gradient into its bucket; a complete bucket goes out."""
         self._check_unchanged(index)
-        number = buckets.pack(index, show=self._options.bucket_views)
+        buckets.pack(index, show=self._options.bucket_views)
         self._packed[index] = True
-        if number is not None:
-            buckets.send(number, self._options.prescale)
         self._submit(buckets, wait=False)
 
     def _submit(self, buckets: Buckets, wait: bool) -> None:
@@ -315,6 +313,7 @@ class GradientExchange:
             options.groups,
             options.compression,
             dict(agreed["sparse"]),
+            options.prescale,
         )
         if agreed["holds"]:
             self.training.hold()
