@@ -99,7 +99,8 @@ def test_wrong_use_of_a_step() -> None:
         with pytest.raises(hvd.UsageError, match=r"0\.weight was changed after backward"):
             optimizer.step()
         model[0].weight.grad.div_(2)
-        optimizer.training._framework._versions = [p.grad._version for p in model.parameters()]  # as if untouched
+        for index in range(len(list(model.parameters()))):
+            optimizer.training._framework._watched.handed_over(index)  # as if untouched
         with optimizer.skip_synchronize(), pytest.raises(hvd.UsageError, match=r"call synchronize\(\) before"):
             optimizer.step()
         optimizer.synchronize()

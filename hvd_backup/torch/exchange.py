@@ -23,10 +23,11 @@ from hvd_backup.errors import UsageError
 from hvd_backup.policy import Policy
 from hvd_backup.resync import PackedState, pack, unpack
 from hvd_backup.torch import hyperparameters, resync
-from hvd_backup.torch.buckets import Buckets, dense_strides, gradients_kept
+from hvd_backup.torch.buckets import Buckets, gradients_kept
 from hvd_backup.torch.memory import checksum_of
 from hvd_backup.torch.resync import TorchArrays
 from hvd_backup.torch.scaling import DrivenScaler
+from hvd_backup.torch.watched import WatchedParameters
 from hvd_backup.training import Training
 
 __all__ = ["ExchangeOptions", "GradientExchange"]
@@ -97,11 +98,10 @@ class GradientExchange:
         self.resynced: dict[str, Any] = {}
         self._place = place
         self._options = options
-        self._names = [name for name, _ in named]
-        self._parameters = [parameter for _, parameter in named]
+        self._watched = WatchedParameters(named)
+        self._parameters = self._watched.all
         self._optimizer: Appliable = weakref.proxy(optimizer)
         self._buckets: Buckets | None = None
-        self._opened_as: list[tuple[torch.dtype, torch.Size]] = []
         self._first_order: list[int] = []
         self._sent: hyperparameters.Hyperparameters = []
         self._loaded = False
@@ -138,7 +138,7 @@ class GradientExchange:
         self._started = False
         self._passes_left = [self.passes] * len(self._parameters)
         self._packed = [False] * len(self._parameters)
-        self._versions = [0] * len(self._parameters)
+        self._watched.start_afresh()
         if self._buckets is not None:
             self._buckets.start_afresh()
 
@@ -162,7 +162,7 @@ class GradientExchange:
             self._pack(self._buckets, index)
         else:
             self._first_order.append(index)
-        self._versions[index] = self._version_of(index)
+        self._watched.handed_over(index)
 
     def _start(self) -> None:
         self.training.check_usable()
@@ -190,8 +190,8 @@ class GradientExchange:
             if self.training.backup_workers > 0 or not by_hand:
                 raise UsageError("step() without a gradient: call loss.backward() before every step()")
             self._start()
-        self._check_all_known()
-        self._check_untouched()
+        self._watched.check_all_known(self._optimizer.param_groups)
+        self._watched.check_untouched()
         if self._buckets is None:
             self._for_user = for_user
             self.open()
@@ -221,7 +221,7 @@ class GradientExchange:
 
     def _pack(self, buckets: Buckets, index: int) -> None:
         """Puts a gradient into its bucket; a complete bucket goes out."""
-        self._check_unchanged(index)
+        self._watched.check_unchanged(index)
         buckets.pack(index, show=self._options.bucket_views)
         self._packed[index] = True
         self._submit(buckets, wait=False)
@@ -236,50 +236,6 @@ class GradientExchange:
             return b""
         self._sent = hyperparameters.snapshot(self._optimizer.param_groups)
         return hyperparameters.encode(self._sent)
-
-    # --- what must not have happened ---
-
-    def _version_of(self, index: int) -> int:
-        gradient = self._parameters[index].grad
-        return -1 if gradient is None else gradient._version
-
-    def _check_untouched(self) -> None:
-        """What the hooks have handed over must still be what p.grad shows: a change would be lost, silently."""
-        for index, left in enumerate(self._passes_left):
-            if left == 0 and self._versions[index] != self._version_of(index):
-                raise UsageError(
-                    f"the gradient of {self._names[index]} was changed after backward() had handed it over: clip "
-                    "between synchronize() and step(), or in optimizer.on_update(..., when='before'); hand a "
-                    "GradScaler over with optimizer.register_scaler(scaler); "
-                    "register your own gradient hooks before making the DistributedOptimizer"
-                )
-
-    def _check_unchanged(self, index: int) -> None:
-        """The buckets are those of the parameters as they were when training began."""
-        parameter, (dtype, shape) = self._parameters[index], self._opened_as[index]
-        if parameter.dtype is dtype and parameter.shape == shape:
-            return
-        was, now = (
-            (f"dtype {str(dtype).removeprefix('torch.')}", f"dtype {str(parameter.dtype).removeprefix('torch.')}")
-            if parameter.dtype is not dtype
-            else (f"shape {tuple(shape)}", f"shape {tuple(parameter.shape)}")
-        )
-        raise UsageError(
-            f"parameter {self._names[index]} has {now} now, but had {was} when training began: make a new "
-            "DistributedOptimizer, on all ranks, after you have changed the model"
-        )
-
-    def _check_all_known(self) -> None:
-        """A gradient that is not exchanged would make the weights of the ranks differ, silently."""
-        known = {id(parameter) for parameter in self._parameters}
-        for number, group in enumerate(self._optimizer.param_groups):
-            for parameter in group["params"]:
-                if parameter.grad is not None and id(parameter) not in known:
-                    raise UsageError(
-                        f"a parameter of group {number}, of shape {tuple(parameter.shape)}, has a gradient but was "
-                        "frozen when the DistributedOptimizer was made, so nothing is exchanged for it: make the "
-                        "optimizer after unfreezing, or give the parameter to optimizer.add_param_group() only then"
-                    )
 
     def _check_hyperparameters(self) -> None:
         if not self.training.policy.may_leave_out:
@@ -319,7 +275,7 @@ class GradientExchange:
             self.training.hold()
         self.training.set_layout(buckets.layout(), buckets.result_addresses(), buckets)
         self._buckets = buckets
-        self._opened_as = [(parameter.dtype, parameter.shape) for parameter in self._parameters]
+        self._watched.opened()
 
     def gradient_started(self) -> bool:
         """See Framework."""
@@ -428,8 +384,7 @@ class GradientExchange:
     def extend(self, named: Sequence[tuple[str, torch.Tensor]]) -> None:
         """More parameters, from the next gradient on; all ranks are here, after the same update."""
         first = len(self._parameters)
-        self._names += [name for name, _ in named]
-        self._parameters += [parameter for _, parameter in named]
+        self._watched.extend(named)
         for index in range(first, len(self._parameters)):
             self._register_hook(index)
         self._buckets = None
@@ -489,10 +444,6 @@ class GradientExchange:
         return lines
 
     def _description(self) -> list[str]:
-        lines = [*self._options.description, f"gradient scaler: {'registered' if self._scaler is not None else 'none'}"]
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            line = f"{name} {tuple(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
-            strides = dense_strides(parameter)
-            contiguous = torch.empty(parameter.shape, device="meta").stride()
-            lines.append(line if strides == contiguous else f"{line} strides {strides}")
+        scaler = f"gradient scaler: {'registered' if self._scaler is not None else 'none'}"
+        lines = [*self._options.description, scaler, *self._watched.describe()]
         return lines + (self._beginning() if self.training.begins_the_program() else [])
