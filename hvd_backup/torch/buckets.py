@@ -221,6 +221,7 @@ class Bucket:
         if self._transfers is not None:
             self._transfers.gather(self._packed_on, self._packing.tensors())
             self._transfers.pack(self._packing, self.contribution, prescale)
+            self._packing = staging.Packing()
         elif prescale != 1.0:
             self.contribution.mul_(prescale)
         if self.residual is not None:

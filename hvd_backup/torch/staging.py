@@ -111,24 +111,26 @@ class Packing:
         (dtype,) = dtypes
         if dtype not in DTYPES or not gpu.can_cast(DTYPES[dtype], DTYPES[bucket.dtype]):
             return False
-        order = sorted(range(len(self.views)), key=lambda i: self.views[i].storage_offset())
-        addresses = []
-        for i in order:
-            gradient, view = self.gradients[i], self.views[i]
-            if gradient is not None and gradient.stride() != view.stride() and gradient.numel() > 1:
-                return False  # its elements lie in another order
-            addresses.append(0 if gradient is None else gradient.data_ptr())
-        gpu.pack(
-            DTYPES[dtype],
-            DTYPES[bucket.dtype],
-            addresses,
-            [self.views[i].storage_offset() for i in order],
-            [self.views[i].numel() for i in order],
-            bucket.data_ptr(),
-            scale,
-            bucket.device.index,
-            stream,
-        )
+        moved = [
+            (view.storage_offset(), view, gradient)
+            for gradient, view in zip(self.gradients, self.views, strict=True)
+            if gradient is not view or scale != 1.0
+        ]
+        if any(g is not None and g.stride() != view.stride() and g.numel() > 1 for _, view, g in moved):
+            return False  # its elements lie in another order
+        moved.sort(key=lambda each: each[0])
+        if moved:
+            gpu.pack(
+                DTYPES[dtype],
+                DTYPES[bucket.dtype],
+                [0 if gradient is None else gradient.data_ptr() for _, _, gradient in moved],
+                [place for place, _, _ in moved],
+                [view.numel() for _, view, _ in moved],
+                bucket.data_ptr(),
+                scale,
+                bucket.device.index,
+                stream,
+            )
         return True
 
 
