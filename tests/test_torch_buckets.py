@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_backup.torch import hyperparameters
-from hvd_backup.torch.buckets import Buckets, dense_strides, plan
+from hvd_backup.torch.bucket_plan import plan
+from hvd_backup.torch.buckets import Buckets, dense_strides
 from hvd_backup.torch.staging import DTYPES
 
 

@@ -12,7 +12,8 @@ import torch
 
 import hvd_backup.torch as hvd
 from hvd_backup.torch import staging
-from hvd_backup.torch.buckets import Buckets, plan
+from hvd_backup.torch.bucket_plan import plan
+from hvd_backup.torch.buckets import Buckets
 from tests.delayed_transfers import DelayedTransfers, HostLibrary, use
 from tests.torch_training import batch, digest, loss_of, make_model
 

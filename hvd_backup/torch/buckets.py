@@ -18,66 +18,15 @@ from typing import Any
 
 import torch
 
-from hvd_backup.errors import ConfigError
 from hvd_backup.torch import staging
-from hvd_backup.torch.compression import FP16Compressor, NoneCompressor
+from hvd_backup.torch.bucket_plan import plan
+from hvd_backup.torch.compression import NoneCompressor
 from hvd_backup.torch.staging import DTYPES
+from hvd_backup.torch.wire import Wire
 
-__all__ = ["Bucket", "Buckets", "Wire", "dense_strides", "gradients_kept", "plan"]
+__all__ = ["Bucket", "Buckets", "dense_strides", "gradients_kept"]
 
 PLACE_BYTES = 16  # a gradient's place in a bucket begins at a multiple of this: what a GPU's thread moves at once
-
-_Kind = tuple[torch.dtype, torch.device]
-
-
-def _kind(parameter: torch.Tensor) -> _Kind:
-    return parameter.dtype, parameter.device
-
-
-def plan(
-    parameters: Sequence[torch.Tensor],
-    order: Sequence[int],
-    bucket_bytes: int,
-    groups: Sequence[Sequence[int]] | None = None,
-) -> list[list[int]]:
-    """Which parameters go into which bucket.
-
-    Args:
-        parameters: in the order of the optimizer's groups.
-        order: their indices, in the order in which gradients become ready.
-        bucket_bytes: a bucket is closed before it exceeds this; a larger gradient has a bucket of its own.
-        groups: the buckets that the user wants, as indices; those in none have a bucket of their own. Of one dtype and
-            device each after all.
-
-    Returns:
-        Buckets of indices, of one dtype and device each, in the order in which they become complete.
-    """
-    if groups is not None:
-        return _plan_groups(parameters, order, groups)
-    closed: list[list[int]] = []
-    growing: dict[_Kind, list[int]] = {}
-    sizes: dict[_Kind, int] = {}
-    for index in order:
-        kind = _kind(parameters[index])
-        size = parameters[index].numel() * parameters[index].element_size()
-        if growing.get(kind) and sizes[kind] + size > bucket_bytes:
-            closed.append(growing.pop(kind))
-        if kind not in growing:
-            growing[kind], sizes[kind] = [], 0
-        growing[kind].append(index)
-        sizes[kind] += size
-    closed.extend(sorted(growing.values(), key=lambda bucket: order.index(bucket[-1])))
-    return closed
-
-
-def _plan_groups(
-    parameters: Sequence[torch.Tensor], order: Sequence[int], groups: Sequence[Sequence[int]]
-) -> list[list[int]]:
-    of = {index: number for number, group in enumerate(groups) for index in group}
-    buckets: dict[tuple[int, _Kind], list[int]] = {}
-    for index in order:
-        buckets.setdefault((of.get(index, -1 - index), _kind(parameters[index])), []).append(index)
-    return sorted(buckets.values(), key=lambda bucket: order.index(bucket[-1]))
 
 
 def dense_strides(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -95,48 +44,6 @@ def gradients_kept(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     finally:
         for parameter, gradient in zip(parameters, shown, strict=True):
             parameter.grad = gradient
-
-
-class Wire:
-    """How the gradient of one parameter travels: compressed, and without its sparse layout.
-
-    Args:
-        parameter: whose gradient.
-        compression: Horovod's interface: compress(tensor) -> (tensor, context), decompress(tensor, context) -> tensor.
-        sparse_dim: of the gradient; 0: it is dense.
-
-    Attributes:
-        dtype: of what travels.
-    """
-
-    def __init__(self, parameter: torch.Tensor, compression: Any, sparse_dim: int) -> None:
-        probe, self._context = compression.compress(torch.zeros_like(parameter.detach()))
-        if not isinstance(probe, torch.Tensor) or probe.shape != parameter.shape or probe.dtype not in DTYPES:
-            raise ConfigError(
-                f"compression={getattr(compression, '__name__', compression)}: it must keep the shape of a gradient "
-                f"and give one of {', '.join(DTYPES.values())}"
-            )
-        self.dtype = probe.dtype
-        self._compression = compression
-        self._sparse_dim = sparse_dim
-        self._as_it_is = sparse_dim == 0 and compression.decompress(probe, self._context) is probe
-        self._is_cast = compression in (NoneCompressor, FP16Compressor)  # what copying into a bucket does as well
-
-    def outgoing(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What is to be copied into the gradient's place in a bucket."""
-        dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
-        if self._is_cast:
-            return dense
-        compressed: torch.Tensor
-        compressed, self._context = self._compression.compress(dense)
-        return compressed
-
-    def read(self, view: torch.Tensor) -> torch.Tensor:
-        """The gradient that lies in a bucket: the view itself, if it travels as it is."""
-        if self._as_it_is:
-            return view
-        gradient: torch.Tensor = self._compression.decompress(view, self._context)
-        return gradient.to_sparse(self._sparse_dim) if self._sparse_dim else gradient
 
 
 class Bucket:

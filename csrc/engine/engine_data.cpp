@@ -1,0 +1,275 @@
+// The engine thread's side: reductions, what is kept for late ranks, and what this rank fetches as one.
+#include <algorithm>
+#include <cstring>
+
+#include "collective/allreduce.h"
+#include "collective/partition.h"
+#include "engine/engine.h"
+#include "engine/payload.h"
+
+namespace hvd_backup {
+
+namespace {
+
+// A keeper that has not answered a fetch after this multiple of what the last fetch took is not waited for.
+constexpr TimeUs patience_factor = 8;
+constexpr TimeUs least_patience_us = 20'000;  // scheduling noise on a crowded machine
+
+}  // namespace
+
+// Of transfers that this rank asks for.
+std::function<Tag()> Engine::next_tags() {
+  return [this] { return std::exchange(next_fetch_tag_, next_fetch_tag_ + 2); };
+}
+
+// How far this rank is with an attempt that others wait for.
+void Engine::answer(Channel& channel, const Probe& probe) {
+  Progress progress;
+  progress.channel = probe.channel;
+  progress.step = probe.step;
+  progress.scope = probe.scope;
+  progress.attempt = probe.attempt;
+  if (channel.member.contributing(probe.step, probe.scope, probe.attempt)) {
+    progress.unsubmitted = channel.member.unsubmitted(probe.scope);
+    Missing all;
+    for (const auto& collective : channel.reductions[probe.scope].collectives) {
+      if (!collective) continue;
+      Missing missing = collective->missing();
+      all.contributions.merge(missing.contributions);
+      all.results.merge(missing.results);
+    }
+    progress.contributions_missing.assign(all.contributions.begin(), all.contributions.end());
+    progress.results_missing.assign(all.results.begin(), all.results.end());
+  }
+  outgoing_.push_back(std::move(progress));
+}
+
+// Some contributors have stopped: what lies ready for them they will not read any more, but fetch like late ranks; and
+// what they were to keep for others is kept here.
+void Engine::stand_in_for(Channel& channel, const Final& message) {
+  const auto found = channel.reductions.find(message.scope);
+  if (message.stopped.empty() || found == channel.reductions.end()) return;
+  Reduction& reduction = found->second;
+  if (reduction.decision.step != message.step || reduction.decision.attempt != message.attempt) return;
+  for (const auto& collective : reduction.collectives) {
+    if (collective) collective->abandon();
+  }
+  reduction.keeps_all = true;
+  if (!channel.member.holds()) keep_for_late_ranks(channel, reduction.decision);
+}
+
+// A late rank asks for a shard that this rank keeps.
+void Engine::serve(int from, const Pull& pull) {
+  Journal::Block block;
+  bool forgotten = false;
+  {
+    const std::scoped_lock lock(mutex_);
+    if (Channel* channel = find(pull.channel)) {
+      block = channel->journal.find(pull.step, pull.bucket, pull.shard);
+      forgotten = pull.step < channel->member.all_have();
+    }
+  }
+  if (!block) {
+    send(from, Refused{pull, forgotten});
+    return;
+  }
+  transport_->start_send(from, pull.tag, *block, [block] {});
+}
+
+// A rank beyond the journal asks for a piece of the state that this rank has offered.
+void Engine::serve(int from, const PullState& pull) {
+  std::shared_ptr<const State> state;
+  {
+    const std::scoped_lock lock(mutex_);
+    if (Channel* channel = find(pull.channel)) {
+      if (const auto found = channel->offered.find(pull.step); found != channel->offered.end()) state = found->second;
+    }
+  }
+  const auto begin = static_cast<std::size_t>(pull.begin), bytes = static_cast<std::size_t>(pull.bytes);
+  if (!state) {
+    send(from, NoState{pull.channel, pull.step});
+  } else if (begin > state->size() || bytes > state->size() - begin) {
+    throw RuntimeFailure("malformed message: a piece of a state that has " + std::to_string(state->size()) + " bytes");
+  } else {
+    transport_->start_send(from, pull.tag, {state->data() + begin, bytes}, [state] {});
+  }
+}
+
+// With the mutex held. A keeper does not have what this rank fetches: it may get it yet, unless it has fallen out of
+// the journal.
+void Engine::refused(const Refused& message, TimeUs now) {
+  for (const auto& fetch : fetches_) {
+    if (fetch->ended() || !fetch->is_of(message.pull)) continue;
+    const bool resyncs = known(fetch->channel()).resyncs;
+    if (!(message.forgotten && resyncs) && fetch->refused(message.pull, now)) continue;
+    if (!resyncs) throw RuntimeFailure(fetch->hopeless());
+    give_up(*fetch);
+  }
+}
+
+// With the mutex held. Nobody keeps the update any more: the state of another rank takes its place.
+void Engine::give_up(Fetch& fetch) {
+  Channel& channel = known(fetch.channel());
+  fetch.give_up();
+  --channel.running;
+  channel.member.fetch_lost(fetch.step());
+  mark_dirty(channel);
+  channel.changed.notify_all();
+}
+
+void Engine::start_state_fetch(Channel& channel, const Resync& promised, TimeUs now) {
+  const auto done = [this, &channel](const Resync& its, std::shared_ptr<const State> state) {
+    const std::scoped_lock lock(mutex_);
+    if (!channel.member.state_here(its)) return;
+    channel.arrived = std::move(state);
+    channel.changed.notify_all();
+  };
+  auto fetch = std::make_shared<StateFetch>(
+      *transport_, [this](int server, const PullState& pull) { send(server, pull); }, next_tags(), promised, done);
+  state_fetches_.emplace_back(&channel, fetch);
+  fetch->start(now);
+}
+
+void Engine::watch_state_fetches(TimeUs now) {
+  std::erase_if(state_fetches_, [](const auto& each) { return each.second->ended(); });
+  for (const auto& [channel, fetch] : state_fetches_) {
+    if (!fetch->is_overdue(now)) continue;
+    const std::scoped_lock lock(mutex_);
+    channel->member.state_lost(fetch->promised());
+    mark_dirty(*channel);
+  }
+}
+
+void Engine::start_reduction(const Start& start) {
+  const Decision& decision = start.decision;
+  const Bucket& bucket = start.channel->buckets[static_cast<std::size_t>(start.bucket)];
+  if (!decision.result.empty()) {
+    if (decision.result.size() != bucket.bytes()) throw RuntimeFailure("malformed message: a result of another size");
+    std::memcpy(bucket.result, decision.result.data(), bucket.bytes());
+    bucket_reduced(*start.channel, decision, nullptr);
+    return;
+  }
+  AllreduceOptions options;
+  options.members.assign(decision.contributors.begin(), decision.contributors.end());
+  options.dtype = bucket.layout.dtype;
+  options.count = bucket.layout.count;
+  options.contribution = bucket.contribution;
+  options.result = bucket.result;
+  options.tag = 2 * (decision.tag + 2 * start.bucket);
+  options.result_tag = options.tag + 2;
+  options.cancellable = decision.votes;
+  options.staging = &staging_;
+  Factors factors = factors_of(decision, options.dtype, start.channel->average);
+  options.weights = std::move(factors.weights);
+  options.scale = factors.scale;
+  if (start.channel->measured && start.bucket < start.channel->gradient_buckets && !is_integer(options.dtype)) {
+    options.norms = std::make_shared<SquaredNorms>();
+  }
+  const auto norms = options.norms;
+  auto running = start_allreduce(*transport_, std::move(options), [this, channel = start.channel, decision, norms] {
+    bucket_reduced(*channel, decision, norms.get());
+  });
+  const std::scoped_lock lock(mutex_);
+  Reduction& reduction = start.channel->reductions[decision.scope];
+  if (reduction.decision.tag == decision.tag && !reduction.collectives.empty()) {
+    reduction.collectives[static_cast<std::size_t>(start.bucket)] = std::move(running);
+  }
+}
+
+void Engine::bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms) {
+  bool complete = false;
+  {
+    const std::scoped_lock lock(mutex_);
+    Reduction& reduction = channel.reductions[decision.scope];
+    if (!channel.member.contributing(decision.step, decision.scope, decision.attempt)) return;  // given up meanwhile
+    --reduction.running;
+    --channel.running;
+    if (norms) reduction.squares += Squares{norms->sources, norms->destination};
+    complete = --reduction.left == 0;
+  }
+  // Before anybody hears of it: the training thread may change the result once it has it.
+  if (complete && !channel.member.holds()) keep_for_late_ranks(channel, decision);
+  const std::scoped_lock lock(mutex_);
+  if (complete) {
+    const Squares& squares = channel.reductions[decision.scope].squares;
+    channel.member.reduced(decision.step, decision.scope, decision.attempt, squares);
+  }
+  mark_dirty(channel);
+  channel.changed.notify_all();
+}
+
+// On the engine thread. This rank does not contribute to this attempt any more, or there is another one, which writes
+// the same results.
+void Engine::abandon(Channel& channel, Reduction& reduction) {
+  for (const auto& collective : reduction.collectives) {
+    if (collective) collective->abandon();
+  }
+  channel.running -= reduction.running;
+  reduction = {};
+  channel.changed.notify_all();
+}
+
+void Engine::keep_for_late_ranks(Channel& channel, const Decision& decision) {
+  if (static_cast<int>(decision.contributors.size()) == size_ && !decision.votes) return;
+  keep_for_late_ranks(channel, decision.step, decision.scope, decision.contributors,
+                      channel.reductions[decision.scope].keeps_all);
+}
+
+// This rank's shards of the result that it has now, if it is among the contributors; or all shards.
+void Engine::keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all) {
+  const int k = static_cast<int>(contributors.size());
+  const auto self = std::find(contributors.begin(), contributors.end(), rank_);
+  if (self == contributors.end()) return;
+  const int own = static_cast<int>(self - contributors.begin());
+  for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
+    const Bucket& bucket = channel.buckets[b];
+    if (bucket.layout.scope != scope) continue;
+    const auto keep = [&](int shard) {
+      const Shard cut = shard_of(bucket.layout.count, static_cast<std::size_t>(k), static_cast<std::size_t>(shard));
+      const std::size_t size = size_of(bucket.layout.dtype);
+      const auto* begin = static_cast<const std::byte*>(bucket.result) + cut.begin * size;
+      channel.journal.keep(step, static_cast<int>(b), shard, {begin, cut.size() * size});
+    };
+    for (int shard = 0; shard < k; ++shard) {
+      if (all || owner_of(shard) == own || neighbour_of(shard, k) == own) keep(shard);
+    }
+  }
+}
+
+void Engine::start_fetch(Channel& channel, const CatchUp& missed, TimeUs now) {
+  const TimeUs patience = std::max(least_patience_us, patience_factor * fetch_us_);
+  if (missed.update.step != newest_fetched_ + 1) silent_keepers_.clear();
+  newest_fetched_ = missed.update.step;
+  const Ranks lost_by_now = lost();
+  silent_keepers_.insert(lost_by_now.begin(), lost_by_now.end());
+  const auto done = [this, &channel, missed](TimeUs asked_at) {
+    fetch_us_ = monotonic_us() - asked_at;
+    const Step step = missed.update.step;
+    for (const int scope :
+         missed.scopes) {  // it may have contributed before it stopped; now it has what it owes others
+      keep_for_late_ranks(channel, step, scope, missed.update.contributors[static_cast<std::size_t>(scope)], false);
+    }
+    const std::scoped_lock lock(mutex_);
+    --channel.running;
+    channel.member.fetched(step);
+    mark_dirty(channel);
+    channel.changed.notify_all();
+  };
+  auto fetch = std::make_shared<Fetch>(
+      *transport_, [this](int keeper, const Pull& pull) { send(keeper, pull); }, next_tags(), channel.id, missed,
+      channel.buckets, silent_keepers_, patience, done);
+  fetches_.push_back(fetch);
+  fetch->start(now);
+}
+
+void Engine::tick_fetches(TimeUs now) {
+  std::erase_if(fetches_, [](const auto& fetch) { return fetch->ended(); });
+  for (const auto& fetch : fetches_) fetch->tick(now);
+  const std::scoped_lock lock(mutex_);
+  for (const auto& fetch : fetches_) {
+    const bool hopeless = !lost_.empty() && !fetch->ended() && fetch->is_hopeless(lost_);
+    if (hopeless && known(fetch->channel()).resyncs) give_up(*fetch);
+  }
+}
+
+}  // namespace hvd_backup
