@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 
 from hvd_backup.torch import staging
+from hvd_backup.torch.horovod_names import HOROVOD
 
 __all__ = ["facts"]
 
@@ -20,4 +21,5 @@ def facts() -> list[tuple[str, str]]:
         ("GPU", ", ".join(f"{count} x {name}" for name, count in names.items())),
         ("NCCL", f"{nccl}, not used"),
         ("GPU gradients", f"through pinned host memory; buckets packed by {packed}"),
+        ("GPU, b = 0", "Horovod's own optimizer" if HOROVOD.usable() else "the same: Horovod cannot be used"),
     ]
