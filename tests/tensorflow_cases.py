@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework.kernels import get_registered_kernels_for_op
 
 import hvd_backup.tensorflow as hvd
 from hvd_backup import faults
@@ -48,6 +49,17 @@ def sums() -> dict[str, Any]:
                 and np.all(mean.result.numpy() == (3 if mine.dtype.is_integer else 3.75))
             )
     return fits
+
+
+@case
+def ops_on_a_gpu() -> dict[str, list[str]]:
+    """By op: which of its tensors its kernel for a GPU has in host memory."""
+    ops = ("HvdBackupSubmit", "HvdBackupNextUpdate", "HvdBackupFirstN")
+    kernels = {op: get_registered_kernels_for_op(op).kernel for op in ops}
+    return {
+        op: [name for kernel in found if kernel.device_type == "GPU" for name in kernel.host_memory_arg]
+        for op, found in kernels.items()
+    }
 
 
 @case

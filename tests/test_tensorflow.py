@@ -29,6 +29,16 @@ def test_first_n_allreduce_of_one_tensor_and_of_a_list(tensorflow_results: Resul
     assert all(value[f"{dtype} {mode}"] for value in values)
 
 
+def test_on_a_gpu_every_tensor_is_in_host_memory(tensorflow_results: Results) -> None:
+    """That TensorFlow copies them, on a machine with a GPU, is not tested here."""
+    for found in of(tensorflow_results, "ops_on_a_gpu"):
+        assert found == {
+            "HvdBackupSubmit": ["hyperparameters", "gradients"],
+            "HvdBackupNextUpdate": ["kind", "hyperparameters", "gradients"],
+            "HvdBackupFirstN": ["tensors", "results", "contributors"],
+        }
+
+
 def test_waiting_blocks_no_thread_of_the_executor(tensorflow_results: Results) -> None:
     values = of(tensorflow_results, "waiting_blocks_no_thread")
     assert [value["mean"] for value in values] == [1.5] * 4

@@ -234,4 +234,20 @@ REGISTER_KERNEL_BUILDER(Name("HvdBackupSubmit").Device(tf::DEVICE_CPU), Submit);
 REGISTER_KERNEL_BUILDER(Name("HvdBackupNextUpdate").Device(tf::DEVICE_CPU), NextUpdate);
 REGISTER_KERNEL_BUILDER(Name("HvdBackupFirstN").Device(tf::DEVICE_CPU), FirstN);
 
+// On a GPU, the same with tensors in host memory: TensorFlow copies them, in the order of its own streams.
+REGISTER_KERNEL_BUILDER(
+    Name("HvdBackupSubmit").Device(tf::DEVICE_GPU).HostMemory("hyperparameters").HostMemory("gradients"), Submit);
+REGISTER_KERNEL_BUILDER(Name("HvdBackupNextUpdate")
+                            .Device(tf::DEVICE_GPU)
+                            .HostMemory("kind")
+                            .HostMemory("hyperparameters")
+                            .HostMemory("gradients"),
+                        NextUpdate);
+REGISTER_KERNEL_BUILDER(Name("HvdBackupFirstN")
+                            .Device(tf::DEVICE_GPU)
+                            .HostMemory("tensors")
+                            .HostMemory("results")
+                            .HostMemory("contributors"),
+                        FirstN);
+
 }  // namespace
