@@ -54,8 +54,7 @@ endif
 export PATH := $(if $(mpi_bin),$(mpi_bin):)$(abspath $(VENV))/bin:$(PATH)
 
 # A folder is newer when a file has come or gone.
-sources := CMakeLists.txt pyproject.toml $(shell find cmake csrc) \
-           $(shell find hvd_backup -type d -not -name __pycache__)
+sources := CMakeLists.txt pyproject.toml $(shell find cmake csrc)
 
 .PHONY: demo test smoke simulate sanitize sanitize-address sanitize-thread test-network lint clean FORCE
 .DELETE_ON_ERROR:
@@ -96,6 +95,11 @@ settings := MPI=$(MPI) $(if $(mpi_bin),$(shell $(mpi_bin)/mpicxx -show | cksum))
 $(VENV)/.settings: FORCE | $(python)
 	@echo '$(settings)' | cmp -s - $@ || { rm -rf $(build); echo '$(settings)' > $@; }
 
+# Touched only when a Python file has come or gone. (Folders are newer, too, when Python has cached what it compiled.)
+modules := $(shell find hvd_backup -name '*.py*' -not -name '*.pyc' | LC_ALL=C sort | cksum)
+$(VENV)/.modules: FORCE | $(python)
+	@echo '$(modules)' | cmp -s - $@ || echo '$(modules)' > $@
+
 $(VENV)/.packages: $(VENV)/.settings Makefile
 	@echo "installing build tools, $(TORCH) $(mpi_package) into $(VENV)"
 	@$(pip) install $(BUILD_TOOLS) "$(TORCH)" $(mpi_package) $(if $(mpi_bin),--no-binary mpi4py mpi4py)
@@ -111,7 +115,7 @@ ifneq ($(filter test,$(MAKECMDGOALS))$(wildcard $(VENV)/.tensorflow),)
 $(VENV)/.installed: $(VENV)/.tensorflow
 endif
 
-$(VENV)/.installed: $(VENV)/.packages $(sources)
+$(VENV)/.installed: $(VENV)/.packages $(VENV)/.modules $(sources)
 	@echo "building hvd_backup"
 	@$(pip) install --no-build-isolation --config-settings=build-dir=$(build) --config-settings=install.strip=false \
 	    --config-settings=cmake.define.HVD_BACKUP_TESTING=$(TESTING) -e ".[$(EXTRAS)]"
