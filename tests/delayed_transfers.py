@@ -65,7 +65,7 @@ class DelayedTransfers:
 
     def pack(self, packing: staging.Packing, bucket: torch.Tensor, scale: float) -> None:
         assert not self.ungathered, "packing that may overtake what makes a gradient"
-        if packing.fused(bucket, scale, stream=0):
+        if packing.fused(staging.library(), bucket, scale, stream=0):
             self.fused += 1
         else:
             packing.write(bucket, scale)

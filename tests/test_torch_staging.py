@@ -136,6 +136,22 @@ def test_gradients_of_every_form_are_packed(
     assert late.fused == (0 if library is None else 3 if show else 2), "another order of elements: not by the library"
 
 
+def test_a_gpu_library_that_does_not_run_here_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CompiledForOthers(HostLibrary):
+        @staticmethod
+        def pack(*_: Any) -> None:
+            raise RuntimeError("CUDA: moving gradients: no kernel image is available for execution on the device")
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(staging, "library", lambda: HostLibrary)
+    assert staging.library_for(cpu, stream=0) is HostLibrary
+    monkeypatch.setattr(staging, "library", lambda: None)
+    assert staging.library_for(cpu, stream=0) is None
+    monkeypatch.setattr(staging, "library", lambda: CompiledForOthers)
+    with pytest.warns(UserWarning, match=r"does not run on cpu \(CUDA: .*no kernel image"):
+        assert staging.library_for(cpu, stream=0) is None
+
+
 def test_a_bucket_is_on_one_device() -> None:
     parameters = [torch.zeros(2), torch.zeros(2, device="meta"), torch.zeros(2)]
     assert plan(parameters, [0, 1, 2], 1 << 20) == [[1], [0, 2]]

@@ -11,15 +11,19 @@ engine when it has arrived in host memory, and the next result is asked for when
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Hashable, Iterable
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from hvd_backup.errors import UsageError
 
-__all__ = ["DTYPES", "Copy", "CudaTransfers", "Packing", "Transfers", "is_supported", "library", "transfers_of"]
+__all__ = [
+    *("DTYPES", "Copy", "CudaTransfers", "Packing", "Transfers"),
+    *("is_supported", "library", "library_for", "transfers_of"),
+]
 
 # Names as the engine has them.
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
@@ -67,6 +71,24 @@ class Transfers(Protocol):
         """Starts it, after the caller's work so far; what the caller does next on the device comes after it."""
 
 
+def library_for(device: torch.device, stream: int) -> Any:
+    """The GPU library if it runs on this GPU, which it has to show; otherwise None, and a warning."""
+    gpu = library()
+    if gpu is None:
+        return None
+    element = torch.ones(1, device=device)
+    try:
+        gpu.pack("float32", "float32", [0], [0], [1], element.data_ptr(), 1.0, device.index, stream)
+    except RuntimeError as error:  # compiled for other GPUs, or by a CUDA that is newer than the driver
+        warnings.warn(
+            f"hvd_backup's GPU library does not run on {device} ({error}): PyTorch packs gradients instead. "
+            "Build hvd_backup with CUDAARCHS set to this GPU's architecture, and with a CUDA that the driver supports",
+            stacklevel=2,
+        )
+        return None
+    return gpu
+
+
 class Packing:
     """Gradients on their way into a bucket, each with the view that is its place.
 
@@ -102,9 +124,8 @@ class Packing:
         if scale != 1.0:
             bucket.mul_(scale)
 
-    def fused(self, bucket: torch.Tensor, scale: float, stream: int) -> bool:
-        """With one launch of the GPU library, if that can do it."""
-        gpu = library()
+    def fused(self, gpu: Any, bucket: torch.Tensor, scale: float, stream: int) -> bool:
+        """With one launch of the GPU library, if there is one and it can do it."""
         dtypes = {gradient.dtype for gradient in self.tensors()} or {bucket.dtype}
         if gpu is None or len(dtypes) > 1:
             return False
@@ -140,6 +161,7 @@ class CudaTransfers:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._gpu = library_for(device, torch.cuda.current_stream(device).cuda_stream)
 
     def host_memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """See Transfers."""
@@ -161,7 +183,7 @@ class CudaTransfers:
 
     def pack(self, packing: Packing, bucket: torch.Tensor, scale: float) -> None:
         """See Transfers."""
-        if not packing.fused(bucket, scale, torch.cuda.current_stream(self._device).cuda_stream):
+        if not packing.fused(self._gpu, bucket, scale, torch.cuda.current_stream(self._device).cuda_stream):
             packing.write(bucket, scale)
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> Copy:
