@@ -16,6 +16,7 @@
 #include <string_view>
 
 #include "base/error.h"
+#include "bindings/gpu_arguments.h"
 #include "bindings/testing.h"
 #include "collective/allreduce.h"
 #include "collective/partition.h"
@@ -35,19 +36,9 @@ namespace hvd_backup {
 
 namespace {
 
-using Address = std::uintptr_t;
-
-DataType data_type(std::string_view name) {
-  constexpr std::string_view names[] = {"float16", "bfloat16", "float32", "float64", "int32", "int64"};
-  const auto* found = std::find(std::begin(names), std::end(names), name);
-  if (found == std::end(names)) throw UsageError("unknown dtype " + std::string(name));
-  return static_cast<DataType>(found - names);
-}
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using gpu::Address;
+using gpu::data_type;
+using gpu::pointer;
 
 void run_weighted_sum(std::string_view dtype, Address destination, const std::vector<Address>& sources,
                       const std::vector<double>& weights, double scale, std::size_t count,

@@ -1,12 +1,10 @@
 // The GPU library's kernels on the CPU, for tests without a GPU: the very code that a thread runs, one thread after the
 // other.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "bindings/gpu_arguments.h"

@@ -1,7 +1,6 @@
 // The launches. What a thread does is in move.h and sum.h.
 #include "gpu/kernels.h"
 
-#include <algorithm>
 #include <string>
 
 #include "base/error.h"

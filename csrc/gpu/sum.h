@@ -43,10 +43,10 @@ struct Sum {
     if (wide) {
       const std::uint64_t vectors = (to - from) / width;
       if (vectors == std::uint64_t{threads_per_block} * vectors_at_once) {
-        sum_vectors(sources, destination, from / width + thread);
+        sum_vectors<vectors_at_once>(sources, destination, from / width + thread);
       } else {
         for (std::uint64_t v = thread; v < vectors; v += threads_per_block) {
-          sum_vector(sources, destination, from / width + v);
+          sum_vectors<1>(sources, destination, from / width + v);
         }
       }
       scalars += vectors * width;
@@ -60,39 +60,26 @@ struct Sum {
   }
 
  private:
-  // vectors_at_once vectors, threads_per_block apart.
+  // So many vectors, threads_per_block apart.
+  template <int at_once>
   HVD_BACKUP_EVERYWHERE void sum_vectors(const Sources& sources, Element* destination, std::uint64_t first) const {
-    Lane total[vectors_at_once][width];
+    Lane total[at_once][width];
     for (int i = 0; i < sources.count; ++i) {
       const auto* source = static_cast<const Elements*>(sources.source[i]) + first;
-      Elements loaded[vectors_at_once];
-      for (int k = 0; k < vectors_at_once; ++k) loaded[k] = source[k * threads_per_block];
-      for (int k = 0; k < vectors_at_once; ++k) {
+      Elements loaded[at_once];
+      for (int k = 0; k < at_once; ++k) loaded[k] = source[k * threads_per_block];
+      for (int k = 0; k < at_once; ++k) {
         for (int j = 0; j < width; ++j) {
           const Lane value = term(sources, i, loaded[k].element[j]);
           total[k][j] = i == 0 ? value : total[k][j] + value;
         }
       }
     }
-    for (int k = 0; k < vectors_at_once; ++k) {
+    for (int k = 0; k < at_once; ++k) {
       Elements stored;
       for (int j = 0; j < width; ++j) stored.element[j] = Format::store(total[k][j] * scale);
       reinterpret_cast<Elements*>(destination)[first + k * threads_per_block] = stored;
     }
-  }
-
-  HVD_BACKUP_EVERYWHERE void sum_vector(const Sources& sources, Element* destination, std::uint64_t v) const {
-    Lane total[width];
-    for (int i = 0; i < sources.count; ++i) {
-      const Elements loaded = static_cast<const Elements*>(sources.source[i])[v];
-      for (int j = 0; j < width; ++j) {
-        const Lane value = term(sources, i, loaded.element[j]);
-        total[j] = i == 0 ? value : total[j] + value;
-      }
-    }
-    Elements stored;
-    for (int j = 0; j < width; ++j) stored.element[j] = Format::store(total[j] * scale);
-    reinterpret_cast<Elements*>(destination)[v] = stored;
   }
 
   HVD_BACKUP_EVERYWHERE static Lane term(const Sources& sources, int i, Element element) {
