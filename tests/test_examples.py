@@ -66,7 +66,7 @@ def test_keras_digits_learns_with_a_rank_that_is_late(backend: str) -> None:
     printed = run_example("keras_digits.py", 2, *options, env=env)
     assert "weights identical   yes" in printed
     assert re.search(r"updates +132\n", printed)  # 1437 images, 2 ranks, 16 each: 44 in an epoch
-    assert float(re.findall(r"val_accuracy: ([\d.]+)", printed)[-1]) > 0.85
+    assert float(re.findall(r"val_accuracy: ([\d.]+)", printed)[-1]) > 0.7  # by chance: 0.1. It is 0.84 to 0.92
 
 
 def test_tensorflow_tape_does_not_wait_for_a_slow_rank() -> None:

@@ -1,0 +1,85 @@
+// One GPU as the engine uses it: one queue of work of our own (a stream), in whose order everything happens, and groups
+// of ranks whose GPUs exchange data without the host (an NCCL communicator). The GPU library implements it with CUDA;
+// the tests with host memory.
+//
+// Threads: record() from any; all else from the one that has the engine's turn. Nothing here blocks but abort(). What
+// goes wrong is a RuntimeFailure; in a group it is the group's state.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "base/data_type.h"
+
+namespace hvd_backup {
+
+// Ranks that can exchange data, numbered from 0 within the group. All of them must ask for the same exchanges, each for
+// its part of them, in one order.
+class DeviceGroup {
+ public:
+  enum class State {
+    busy,   // it is being formed, or the last exchange is being put into the queue
+    ready,  // exchange() may be called
+    failed  // for good: see reason()
+  };
+
+  struct Part {
+    int peer = 0;
+    std::byte* data = nullptr;  // on the GPU; of a send only read
+    std::size_t bytes = 0;
+    bool is_send = false;
+  };
+
+  virtual ~DeviceGroup() = default;  // ends it, as abort() does, unless it has ended
+
+  virtual State state() = 0;
+  virtual std::string reason() const = 0;
+
+  // Puts one exchange into the queue: it begins when all work before has ended, and has ended when all parts have. Only
+  // when ready; what follows may be put into the queue when the group is ready again. At least one part, none towards
+  // this rank itself, at most one send and one receive for each peer.
+  virtual void exchange(std::span<const Part> parts) = 0;
+
+  // Exchanges that have not ended, end without having done their work, and the group has failed. Returns once what it
+  // has put into the queue does not touch anything any more.
+  virtual void abort() = 0;
+};
+
+class Device {
+ public:
+  using Ready = std::uint64_t;  // a point in the caller's stream
+  using Mark = std::uint64_t;   // a point in the queue
+
+  virtual ~Device() = default;
+
+  // What the caller has begun on this stream until now. Each is to be given to wait_for once.
+  virtual Ready record(void* stream) = 0;
+
+  // What is put into the queue from now on begins when that has ended.
+  virtual void wait_for(Ready ready) = 0;
+
+  // Between host memory and the GPU's, or within it.
+  virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
+
+  // As in kernels/weighted_sum.h, to the same bits. Floating point only.
+  virtual void sum(DataType dtype, void* destination, std::span<const void* const> sources,
+                   std::span<const double> weights, double scale, std::size_t count) = 0;
+
+  // At least so many bytes on the GPU. There is one such block: it is valid until the next call, and work that is put
+  // into the queue after this call may use it (whatever used it before comes first).
+  virtual std::byte* scratch(std::size_t bytes) = 0;
+
+  virtual Mark mark() = 0;
+  virtual bool reached(Mark mark) = 0;
+
+  // Why this rank cannot be in a group; empty: it can.
+  virtual std::string why_no_groups() const = 0;
+  // Names a new group: one rank asks, and all members give it to join().
+  virtual std::string new_group() = 0;
+  virtual std::unique_ptr<DeviceGroup> join(const std::string& group, int member, int members) = 0;
+};
+
+}  // namespace hvd_backup
