@@ -4,6 +4,8 @@ Every blocking call here releases the GIL, answers Ctrl-C, and raises `CoreError
 names rank, step and peer). Wrong use raises `CoreUsageError` at once. Both derive from `RuntimeError`.
 """
 
+from typing import Any
+
 class CoreError(RuntimeError): ...
 class CoreUsageError(CoreError): ...
 
@@ -50,6 +52,7 @@ class Engine:
         automatic: bool = False,
         drop_nonfinite: bool = False,
         resync: bool = False,
+        on_device: bool = False,
     ) -> Channel:
         """Opens the channel `name`, the same on all ranks.
 
@@ -62,8 +65,16 @@ class Engine:
         automatic: N is chosen from step to step (csrc/control/required_chooser.h), and never below `required`.
         drop_nonfinite: with arrive="last": gradients (Channel.measure) that hold NaN or infinity count as late.
         resync: beyond max_lag a rank takes over the state of another one; otherwise the others wait for it.
+        on_device: some buckets are on the GPU that the engine uses; not with drop_nonfinite.
         wait_for_all: return only when all ranks have opened it (so that differences are found before the first step).
         """
+
+    def use_device(self, device: Any) -> None:
+        """The GPU of this rank (a `_gpu.Device`), once, before a channel with buckets on it is opened."""
+
+    @property
+    def device(self) -> Any:
+        """The one in use, or None."""
 
     def replay_channel(self, channel: str, description: str) -> None:
         """Rank 0 only, before any rank opens a channel: `channel` is to repeat the decisions given below, in order."""
@@ -107,7 +118,7 @@ class Channel:
 
     @property
     def proposal(self) -> bytes: ...
-    def set_layout(self, buckets: list[tuple[int, str]], scopes: list[int]) -> None:
+    def set_layout(self, buckets: list[tuple[int, str]], scopes: list[int], on_device: list[bool] = ...) -> None:
         """buckets: (elements, dtype name) of each. scopes: for each bucket its scope, ascending from 0.
 
         dtype: "float16", "bfloat16", "float32", "float64", "int32", "int64". Once, before the first begin().
@@ -137,6 +148,21 @@ class Channel:
 
         contribution: unchanged until wait() has returned; result: another buffer; wait_follows: this thread calls
         wait() at once, so the engine thread need not be woken.
+        """
+
+    def submit_on_device(
+        self,
+        bucket: int,
+        contribution: int,
+        result: int,
+        device_contribution: int,
+        device_result: int,
+        stream: int,
+    ) -> None:
+        """The same for a bucket on the GPU, made by what was begun on `stream` (a cudaStream_t) until now.
+
+        contribution, result: page-locked host memory, through which it goes where GPUs cannot exchange data directly,
+        and where missed updates come. In an update that this rank has contributed to, the result is on the GPU.
         """
 
     def hold(self) -> None:

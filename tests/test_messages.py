@@ -36,6 +36,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "proposal": text,
         "options": options,
         "wait_for_all": st.booleans(),
+        "on_device": st.booleans(),
     },
     "Arrive": place
     | {
@@ -67,6 +68,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "Leave": {"channel": unsigned, "round": int32},
     "Pause": {},
     "Join": {},
+    "CanGroup": {"why_not": text},
+    "Formed": {"group": int64, "failure": text},
     "Exit": {"failure": text},
     "Opened": {"name": text, "channel": unsigned, "proposal": text, "measured": st.booleans()},
     "Failed": {"name": text, "reason": text},
@@ -75,6 +78,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "attempt": int32,
         "tag": int64,
         "votes": st.booleans(),
+        "group": int64,
         "contributors": ranks,
         "weights": st.lists(number, max_size=5),
         "samples": number,
@@ -102,6 +106,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "Joined": {"last": int32},
     "Lost": {"rank": int32},
+    "Form": {"group": int64, "members": ranks, "name": text},
+    "Disband": {"group": int64},
     "AllGone": {},
     "Pull": pull,
     "Refused": {"pull": st.fixed_dictionaries(pull), "forgotten": st.booleans()},

@@ -163,6 +163,13 @@ hvdb_status hvdb_recorded(hvdb_engine* engine, int64_t last, const char** text) 
   });
 }
 
+hvdb_status hvdb_use_device(hvdb_engine* engine, void* device) {
+  return guarded([&] {
+    engine->engine->use_device(*static_cast<Device*>(device));
+    return HVDB_OK;
+  });
+}
+
 hvdb_status hvdb_pause(hvdb_engine* engine) {
   return guarded([&] {
     engine->engine->pause();
@@ -205,6 +212,7 @@ hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_c
     own.drop_nonfinite = spec->drop_nonfinite != 0;
     own.wait_for_all = spec->wait_for_all != 0;
     own.average = spec->average != 0;
+    own.on_device = spec->on_device != 0;
     auto created = std::make_unique<hvdb_channel>();
     created->engine = engine->engine.get();
     created->channel = &engine->engine->open(own);
@@ -228,10 +236,12 @@ hvdb_status hvdb_proposal(hvdb_channel* channel, const void** data, size_t* size
 }
 
 hvdb_status hvdb_set_layout(hvdb_channel* channel, int buckets, const uint64_t* counts, const int* dtypes,
-                            const int* scopes) {
+                            const int* scopes, const int* on_device) {
   return guarded([&] {
     std::vector<BucketLayout> layout;
-    for (int b = 0; b < buckets; ++b) layout.push_back({counts[b], data_type(dtypes[b]), scopes[b]});
+    for (int b = 0; b < buckets; ++b) {
+      layout.push_back({counts[b], data_type(dtypes[b]), scopes[b], on_device != nullptr && on_device[b] != 0});
+    }
     channel->engine->set_layout(*channel->channel, layout);
     return HVDB_OK;
   });
@@ -261,6 +271,16 @@ hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metada
 hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result, int wait_follows) {
   return guarded([&] {
     channel->engine->submit(*channel->channel, bucket, contribution, result, wait_follows != 0);
+    return HVDB_OK;
+  });
+}
+
+hvdb_status hvdb_submit_on_device(hvdb_channel* channel, int bucket, const void* contribution, void* result,
+                                  const void* device_contribution, void* device_result, void* stream,
+                                  int wait_follows) {
+  return guarded([&] {
+    channel->engine->submit(*channel->channel, bucket, contribution, result,
+                            OnDevice{device_contribution, device_result, {}}, stream, wait_follows != 0);
     return HVDB_OK;
   });
 }

@@ -77,6 +77,10 @@ hvdb_status hvdb_replay_round_end(hvdb_engine* engine, const char* channel, int6
  * it; on other ranks than 0 "". Valid until the next call with this engine. */
 hvdb_status hvdb_recorded(hvdb_engine* engine, int64_t last, const char** text);
 
+/* The GPU of this rank, once, before channels with buckets on it are opened. device: address of a hvd_backup::Device
+ * (device/device.h) of the same build, which must outlive the engine. */
+hvdb_status hvdb_use_device(hvdb_engine* engine, void* device);
+
 /* Whether the others can go on when a process dies (MPI with ULFM). */
 int hvdb_survives_losses(const hvdb_engine* engine);
 /* Whose process has died so far, in the order in which rank 0 has noticed: the first `most` of them. Every rank knows
@@ -112,15 +116,17 @@ typedef struct {
   int drop_nonfinite; /* gradients (hvdb_measure) with NaN or infinity count as late; not with arrive_first */
   int wait_for_all;   /* open only when all ranks have asked */
   int average;        /* results are means weighted by samples; otherwise sums. Integers: sums */
+  int on_device;      /* some buckets are on the GPU, see hvdb_use_device; not with drop_nonfinite */
 } hvdb_channel_spec;
 
 hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_channel** channel);
 hvdb_status hvdb_opened(hvdb_channel* channel, int64_t timeout_us);
 /* Valid once opened, as long as the engine lives. */
 hvdb_status hvdb_proposal(hvdb_channel* channel, const void** data, size_t* size);
-/* Once, before the first begin. scopes: for each bucket, its unit of decision, numbered from 0. */
+/* Once, before the first begin. scopes: for each bucket, its unit of decision, numbered from 0. on_device: whether it
+ * is on the GPU; NULL: none is. */
 hvdb_status hvdb_set_layout(hvdb_channel* channel, int buckets, const uint64_t* counts, const int* dtypes,
-                            const int* scopes);
+                            const int* scopes, const int* on_device);
 /* Where missed updates go when nothing is submitted: one buffer for each bucket. */
 hvdb_status hvdb_set_results(hvdb_channel* channel, int buckets, void* const* results);
 /* The first so many buckets hold gradients. While rank 0 writes a trace, the squared norms of the contributions to them
@@ -130,6 +136,12 @@ hvdb_status hvdb_measure(hvdb_channel* channel, int buckets);
 hvdb_status hvdb_begin(hvdb_channel* channel, double samples, const void* metadata, size_t metadata_size);
 /* wait_follows: this thread calls hvdb_wait at once, so that nobody else need be told. */
 hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribution, void* result, int wait_follows);
+/* The same for a bucket on the GPU, whose contribution is made by what was begun on `stream` until now. contribution
+ * and result, in host memory (page-locked), are what it goes through where GPUs cannot exchange data directly. The
+ * result of an update that this rank has contributed to (hvdb_update_contributed) is on the GPU, that of others in host
+ * memory. */
+hvdb_status hvdb_submit_on_device(hvdb_channel* channel, int bucket, const void* contribution, void* result,
+                                  const void* device_contribution, void* device_result, void* stream, int wait_follows);
 /* update may be NULL: then HVDB_OK says that there is one to take. */
 hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** update);
 /* To be called between two hvdb_wait of one step by a thread that does nothing else, once it has waited for long: when

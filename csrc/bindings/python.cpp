@@ -86,6 +86,7 @@ struct PyEngine {
   }
   PyEngine(const PyEngine&) = delete;
   hvdb_engine* engine;
+  nb::object device;  // that it uses
 };
 
 // Keeps its engine alive, and does not go before the engine has let go of its buffers.
@@ -119,7 +120,7 @@ std::unique_ptr<PyChannel> open_channel(const std::shared_ptr<PyEngine>& self, c
                                         const std::string& kind, const std::string& description, nb::bytes proposal,
                                         int required, int64_t grace_us, int max_misses, int64_t max_lag,
                                         const std::string& arrive, bool wait_for_all, bool average, bool automatic,
-                                        bool drop_nonfinite, bool resync) {
+                                        bool drop_nonfinite, bool resync, bool on_device) {
   if (kind != "training" && kind != "collective") {
     throw CoreUsageError("kind '" + kind + "' is not known: use 'training' or 'collective'");
   }
@@ -142,6 +143,7 @@ std::unique_ptr<PyChannel> open_channel(const std::shared_ptr<PyEngine>& self, c
   spec.drop_nonfinite = drop_nonfinite;
   spec.wait_for_all = wait_for_all;
   spec.average = average;
+  spec.on_device = on_device;
   hvdb_channel* channel = nullptr;
   check(hvdb_open(self->engine, &spec, &channel));
   auto opened = std::make_unique<PyChannel>(self, channel);
@@ -150,15 +152,19 @@ std::unique_ptr<PyChannel> open_channel(const std::shared_ptr<PyEngine>& self, c
 }
 
 void set_layout(PyChannel& self, const std::vector<std::pair<uint64_t, std::string>>& buckets,
-                const std::vector<int>& scopes) {
-  if (buckets.size() != scopes.size()) throw CoreUsageError("set_layout(): give one scope for each bucket");
+                const std::vector<int>& scopes, const std::vector<bool>& on_device) {
+  if (buckets.size() != scopes.size() || (!on_device.empty() && buckets.size() != on_device.size())) {
+    throw CoreUsageError("set_layout(): give one scope for each bucket, and whether it is on the GPU, if any is");
+  }
+  const std::vector<int> flags(on_device.begin(), on_device.end());
   std::vector<uint64_t> counts;
   std::vector<int> types;
   for (const auto& [count, dtype] : buckets) {
     counts.push_back(count);
     types.push_back(dtype_of(dtype));
   }
-  check(hvdb_set_layout(self.channel, static_cast<int>(buckets.size()), counts.data(), types.data(), scopes.data()));
+  check(hvdb_set_layout(self.channel, static_cast<int>(buckets.size()), counts.data(), types.data(), scopes.data(),
+                        flags.empty() ? nullptr : flags.data()));
 }
 
 void set_results(PyChannel& self, const std::vector<std::uintptr_t>& results) {
@@ -324,7 +330,8 @@ NB_MODULE(_core, m) {
       .def("open", &open_channel, nb::arg("name"), nb::arg("kind"), nb::arg("description"), nb::arg("proposal"),
            nb::arg("required"), nb::arg("grace_us") = 0, nb::arg("max_misses") = 0, nb::arg("max_lag") = 64,
            nb::arg("arrive") = "first", nb::arg("wait_for_all") = false, nb::arg("average") = true,
-           nb::arg("automatic") = false, nb::arg("drop_nonfinite") = false, nb::arg("resync") = false)
+           nb::arg("automatic") = false, nb::arg("drop_nonfinite") = false, nb::arg("resync") = false,
+           nb::arg("on_device") = false)
       .def(
           "replay_channel",
           [](PyEngine& self, const std::string& channel, const std::string& description) {
@@ -339,6 +346,14 @@ NB_MODULE(_core, m) {
             check(hvdb_replay_drop(self.engine, channel.c_str(), step, scope, rank));
           },
           nb::arg("channel"), nb::arg("step"), nb::arg("scope"), nb::arg("rank"))
+      .def(
+          "use_device",
+          [](PyEngine& self, const nb::object& device) {
+            check(hvdb_use_device(self.engine, pointer<void>(nb::cast<std::uintptr_t>(device.attr("address")))));
+            self.device = device;
+          },
+          nb::arg("device"))
+      .def_prop_ro("device", [](const PyEngine& self) { return self.device.is_valid() ? self.device : nb::none(); })
       .def(
           "replay_round_end",
           [](PyEngine& self, const std::string& channel, int64_t step) {
@@ -367,7 +382,7 @@ NB_MODULE(_core, m) {
                      check(hvdb_proposal(self.channel, &data, &size));
                      return nb::bytes(data, size);
                    })
-      .def("set_layout", &set_layout, nb::arg("buckets"), nb::arg("scopes"))
+      .def("set_layout", &set_layout, nb::arg("buckets"), nb::arg("scopes"), nb::arg("on_device") = std::vector<bool>{})
       .def("set_results", &set_results, nb::arg("results"))
       .def(
           "measure", [](PyChannel& self, int buckets) { check(hvdb_measure(self.channel, buckets)); },
@@ -397,6 +412,16 @@ NB_MODULE(_core, m) {
                               wait_follows ? 1 : 0));
           },
           nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"), nb::arg("wait_follows") = false)
+      .def(
+          "submit_on_device",
+          [](PyChannel& self, int bucket, std::uintptr_t contribution, std::uintptr_t result,
+             std::uintptr_t device_contribution, std::uintptr_t device_result, std::uintptr_t stream) {
+            check(hvdb_submit_on_device(self.channel, bucket, pointer<const void>(contribution), pointer<void>(result),
+                                        pointer<const void>(device_contribution), pointer<void>(device_result),
+                                        pointer<void>(stream), 0));
+          },
+          nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"), nb::arg("device_contribution"),
+          nb::arg("device_result"), nb::arg("stream"))
       .def("wait", &wait)
       .def("hold", [](PyChannel& self) { check(hvdb_hold(self.channel)); })
       .def("commit", [](PyChannel& self) { check(hvdb_commit(self.channel)); })

@@ -28,7 +28,7 @@ namespace {
 template <class T>
 constexpr const char* field_names = nullptr;
 template <>
-constexpr const char* field_names<Open> = "Open name kind description proposal options wait_for_all";
+constexpr const char* field_names<Open> = "Open name kind description proposal options wait_for_all on_device";
 template <>
 constexpr const char* field_names<Arrive> =
     "Arrive channel step scope base round scopes buckets samples finite metadata payload";
@@ -60,6 +60,10 @@ constexpr const char* field_names<Pause> = "Pause";
 template <>
 constexpr const char* field_names<Join> = "Join";
 template <>
+constexpr const char* field_names<CanGroup> = "CanGroup why_not";
+template <>
+constexpr const char* field_names<Formed> = "Formed group failure";
+template <>
 constexpr const char* field_names<Exit> = "Exit failure";
 template <>
 constexpr const char* field_names<Opened> = "Opened name channel proposal measured";
@@ -67,7 +71,7 @@ template <>
 constexpr const char* field_names<Failed> = "Failed name reason";
 template <>
 constexpr const char* field_names<Decision> =
-    "Decision channel step scope attempt tag votes contributors weights samples required metadata result outlook";
+    "Decision channel step scope attempt tag votes group contributors weights samples required metadata result outlook";
 template <>
 constexpr const char* field_names<Final> = "Final channel step scope attempt stopped outlook";
 template <>
@@ -90,6 +94,10 @@ template <>
 constexpr const char* field_names<Joined> = "Joined last";
 template <>
 constexpr const char* field_names<Lost> = "Lost rank";
+template <>
+constexpr const char* field_names<Form> = "Form group members name";
+template <>
+constexpr const char* field_names<Disband> = "Disband group";
 template <>
 constexpr const char* field_names<AllGone> = "AllGone";
 template <>
@@ -395,6 +403,7 @@ void register_coordinator(nb::module_& module) {
           "__init__",
           [](Coordinator* self, int size, TimeUs stall_check_us, bool survives_losses) {
             new (self) Coordinator(size, false, {}, stall_check_us, survives_losses);
+            self->set_name_group([] { return "a new group"; });
           },
           "size"_a, "stall_check_us"_a = 0, "survives_losses"_a = false)
       .def("lost", &Coordinator::lost, "rank"_a, "now"_a)
@@ -411,6 +420,7 @@ void register_coordinator(nb::module_& module) {
              return list_of(self.take_replies(),
                             [](const Reply& reply) { return nb::make_tuple(reply.to, to_bytes(reply.message)); });
            })
+      .def("take_news", &Coordinator::take_news)
       .def("take_records", [](Coordinator& self) { return list_of(self.take_records(), describe_record); });
 }
 

@@ -7,6 +7,12 @@
 
 namespace hvd_backup {
 
+namespace {
+// A group, of whose members all say that they wait for each other, has failed without a word. To connect the first time
+// takes seconds.
+constexpr TimeUs group_patience_us = 10'000'000;
+}  // namespace
+
 // Of the slot's arrivals.
 void ChannelBook::begin_attempt(Slot& slot, const std::string& reason, TimeUs now) {
   std::sort(slot.arrivals.begin(), slot.arrivals.end(),
@@ -15,6 +21,9 @@ void ChannelBook::begin_attempt(Slot& slot, const std::string& reason, TimeUs no
   decision.tag = tags_(2 * buckets_);
   set_contributors(decision, slot.arrivals);
   if (!decision.result.empty()) decision.votes = false;  // all have the result, or none
+  // What is begun anew goes through host memory: what was in the way may still be there.
+  const bool may_be_served = decision.votes && decision.attempt == 0 && on_device_ && !is_measured();
+  decision.group = may_be_served ? out_.groups.serving(decision.contributors) : 0;
   const TimeUs patience = transfer_time_.patience_us() << std::min(decision.attempt, 6);
   slot.attempt = Attempt(decision.contributors, now, patience);
   slot.squares = {};
@@ -86,8 +95,7 @@ bool ChannelBook::is_kept(const Slot& slot, TimeUs now) {
 bool ChannelBook::watch_attempts(TimeUs now) {
   bool changed = false;
   for (auto& [key, slot] : slots_) {
-    const bool is_open = slot.decision && slot.decision->votes && !slot.is_final;
-    if (is_open || slot.broken) changed = watch(slot, now) || changed;
+    if (is_in_work(slot) || slot.broken) changed = watch(slot, now) || changed;
   }
   return changed;
 }
@@ -108,7 +116,12 @@ bool ChannelBook::watch(Slot& slot, TimeUs now) {
   }
   const Suspicion suspicion = slot.attempt.suspicion(now);
   if (suspicion.look_again) look_again(*suspicion.look_again);
-  if (suspicion.ranks.empty()) return false;
+  if (suspicion.ranks.empty()) {
+    if (decision.group == 0) return false;
+    if (now - slot.attempt.began() >= group_patience_us) out_.groups.broken(decision.group, now);
+    look_again(std::max(now, slot.attempt.began() + group_patience_us));
+    return false;
+  }
   const int holders = std::min(2, decision.required);  // so that the update survives one more
   if (!slot.attempt.complete_without(suspicion.ranks, holders)) {
     return begin_next_attempt(slot, suspicion, now);
@@ -167,6 +180,7 @@ bool ChannelBook::begin_next_attempt(Slot& slot, const Suspicion& suspicion, Tim
     falls_behind(arrival.rank, decision);
   }
   slot.arrivals = std::move(arrivals);
+  if (decision.group != 0) leave_group(decision.group, suspects, now);
   ++decision.attempt;
   begin_attempt(slot, reason.empty() ? "the next attempt" : "the next attempt: " + reason, now);
   for (const Arrival& arrival : slot.arrivals)
@@ -195,6 +209,25 @@ void ChannelBook::put_given_up_on_record(Record::Event event, const Slot& slot, 
   out_.records.push_back(given_up);
 }
 
+// What the group was to do for these contributors, which the others go on without, does not end.
+void ChannelBook::leave_group(GroupId group, const Ranks& stopped, TimeUs now) {
+  out_.groups.broken(group, now);
+  for (const int rank : stopped) out_.groups.stopped(rank, now);
+}
+
+void ChannelBook::disbanded(GroupId group, TimeUs now) {
+  for (auto& [key, slot] : slots_) {
+    if (is_in_work(slot) && slot.decision->group == group) slot.broken = true;
+  }
+  settle(now);
+}
+
+bool ChannelBook::is_served_by(GroupId group) const {
+  return std::any_of(slots_.begin(), slots_.end(), [group](const auto& entry) {
+    return is_in_work(entry.second) && entry.second.decision->group == group;
+  });
+}
+
 // The others go on without this contributor, for which it counts as late.
 void ChannelBook::falls_behind(int rank, const Decision& decision) {
   RankState& state = ranks_[static_cast<std::size_t>(rank)];
@@ -209,6 +242,7 @@ void ChannelBook::make_final(Slot& slot, const Ranks& stopped, TimeUs now) {
   const Decision& decision = *slot.decision;
   slot.is_final = true;
   if (!stopped.empty()) slot.attempt.keep_whole();
+  if (!stopped.empty() && decision.group != 0) leave_group(decision.group, stopped, now);
   for (const int contributor : decision.contributors) {
     if (std::binary_search(stopped.begin(), stopped.end(), contributor)) {
       falls_behind(contributor, decision);
@@ -295,7 +329,7 @@ std::optional<Step> ChannelBook::unrecoverable() const {
 bool ChannelBook::contributes(int rank, Step step) const {
   return std::any_of(slots_.lower_bound({step, 0}), slots_.lower_bound({step + 1, 0}), [rank](const auto& entry) {
     const Slot& slot = entry.second;
-    if (!slot.decision || !slot.decision->votes || slot.is_final) return false;
+    if (!is_in_work(slot)) return false;
     const Ranks& contributors = slot.decision->contributors;
     return std::binary_search(contributors.begin(), contributors.end(), rank);
   });

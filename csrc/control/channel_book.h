@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "control/attempt.h"
+#include "control/device_groups.h"
 #include "control/message_check.h"
 #include "control/messages.h"
 #include "control/policy.h"
@@ -34,12 +35,15 @@ using Combine = std::function<std::string(const Decision& decision, const std::v
 
 // Collects what a book has to say during one event; shared by all books of a coordinator.
 struct Outbox {
+  explicit Outbox(int size) : groups(size) {}
+
   Combine combine;  // empty: payloads are not used
   std::vector<Reply> replies;
   std::vector<Record> records;
   bool measured = false;  // the squared norms of gradients are wanted
   TimeUs stall_check_us = 0;
   bool survives_losses = false;  // when a process dies, the others can go on
+  DeviceGroups groups;
   Ranks met;  // contributors of collectives that all ranks had to enter: they are not in a full collective any more
 };
 
@@ -92,6 +96,9 @@ class ChannelBook {
   // there are, if all who could contribute to it are `elsewhere` (in order). Returns whether it is.
   bool decide_without(const Ranks& elsewhere, TimeUs now);
   void fail(const std::string& reason, TimeUs now);  // on all ranks, for good
+  // For Coordinator::settle_groups. What this group serves will not end; and whether anything that it serves goes on.
+  void disbanded(GroupId group, TimeUs now);
+  bool is_served_by(GroupId group) const;
   Step open_step() const { return open_step_; }
   ChannelFacts facts() const { return {open_step_, resyncs() ? 0 : history_first_, rounds_.current()}; }
   bool anybody_waits() const;
@@ -139,7 +146,7 @@ class ChannelBook {
     Attempt attempt;
     TimeUs decided_at = 0;  // first
     Squares squares;
-    bool broken = false;    // a contributor has withdrawn: this attempt will not end
+    bool broken = false;    // a contributor has withdrawn, or its group is gone: this attempt will not end
     bool is_short = false;  // it is given up, but too few are there for another one
     bool is_final = false;  // this attempt has made the update
   };
@@ -155,6 +162,7 @@ class ChannelBook {
   bool is_replaceable() const {
     return (options_.required < size_ || (strict() && out_.survives_losses)) && script_ == nullptr;
   }
+  bool is_measured() const { return out_.measured || options_.automatic; }
   int required() const { return chooser_ ? chooser_->required() : options_.required; }
   bool able(int rank) const;
   bool able(int rank, const Slot& slot) const;
@@ -183,6 +191,9 @@ class ChannelBook {
   bool somebody_will_call() const;
   void put_given_up_on_record(Record::Event event, const Slot& slot, const Ranks& ranks, const std::string& reason,
                               TimeUs now);
+  void leave_group(GroupId group, const Ranks& stopped, TimeUs now);
+  // An attempt at it goes on.
+  static bool is_in_work(const Slot& slot) { return slot.decision && slot.decision->votes && !slot.is_final; }
   void falls_behind(int rank, const Decision& decision);
   void make_final(Slot& slot, const Ranks& stopped, TimeUs now);
   bool is_kept(const Slot& slot, TimeUs now);
@@ -233,6 +244,7 @@ class ChannelBook {
   std::string proposal_;
   int first_rank_ = 0;
   bool wait_for_all_ = false;
+  bool on_device_ = true;  // on all ranks that have opened it
   TagSource tags_;
   Outbox& out_;
   ChannelScript* const script_;

@@ -31,6 +31,7 @@ constexpr const char* died = "its process has died";
 void ChannelBook::open(int from, const Open& message, TimeUs now) {
   RankState& rank = ranks_[static_cast<std::size_t>(from)];
   rank.opened = true;
+  on_device_ = on_device_ && message.on_device;
   if (first_rank_ < 0) {
     first_rank_ = from;
     opened_at_ = now;
@@ -55,7 +56,7 @@ void ChannelBook::open(int from, const Open& message, TimeUs now) {
   }
   if (!wait_for_all_) {
     if (from == first_rank_) record_opened(now);
-    out_.replies.push_back({from, Opened{name_, id_, proposal_, out_.measured || options_.automatic}});
+    out_.replies.push_back({from, Opened{name_, id_, proposal_, is_measured()}});
     return;
   }
   complete_opening(now);
@@ -79,7 +80,7 @@ void ChannelBook::complete_opening(TimeUs now) {
   record_opened(now);
   for (int r = 0; r < size_; ++r) {
     if (ranks_[static_cast<std::size_t>(r)].opened)
-      out_.replies.push_back({r, Opened{name_, id_, proposal_, out_.measured || options_.automatic}});
+      out_.replies.push_back({r, Opened{name_, id_, proposal_, is_measured()}});
   }
 }
 
@@ -93,6 +94,7 @@ ChannelBook::RankState& ChannelBook::heard(int from, Step applied, int round) {
 }
 
 void ChannelBook::arrive(int from, const Arrive& message, TimeUs now) {
+  out_.groups.back(from, now);
   RankState& rank = heard(from, message.base, message.round);
   rank.away = false;
   rank.paused = false;

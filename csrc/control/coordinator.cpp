@@ -13,7 +13,8 @@ Coordinator::Coordinator(int size, bool measured, Combine combine, TimeUs stall_
       paused_(static_cast<std::size_t>(size), false),
       gone_(static_cast<std::size_t>(size), false),
       lost_(static_cast<std::size_t>(size), false),
-      failures_(static_cast<std::size_t>(size)) {
+      failures_(static_cast<std::size_t>(size)),
+      out_(size) {
   out_.measured = measured;
   out_.combine = std::move(combine);
   out_.stall_check_us = stall_check_us;
@@ -71,6 +72,8 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
           pause(from, true, now);
         } else if constexpr (std::is_same_v<Body, Join>) {
           join(from, now);
+        } else if constexpr (std::is_same_v<Body, CanGroup> || std::is_same_v<Body, Formed>) {
+          out_.groups.receive(from, body, now);
         } else if constexpr (std::is_same_v<Body, Exit>) {
           exit(from, body, now);
         } else {
@@ -79,6 +82,19 @@ void Coordinator::receive(int from, const Message& message, TimeUs now) {
       },
       message);
   release_met(now);
+  settle_groups(now);
+}
+
+// Attempts that a group served which was broken up are begun anew, and a group that is not used any more goes.
+void Coordinator::settle_groups(TimeUs now) {
+  for (const GroupId group : out_.groups.take_broken()) {
+    for (auto& channel : books_) channel->disbanded(group, now);
+  }
+  for (const GroupId group : std::set(out_.groups.retired())) {
+    const auto is_used = [group](const auto& channel) { return channel->is_served_by(group); };
+    if (std::none_of(books_.begin(), books_.end(), is_used)) out_.groups.dismiss(group);
+  }
+  for (auto& [rank, message] : out_.groups.take_replies()) out_.replies.push_back({rank, std::move(message)});
 }
 
 // A full collective that all have entered: they will be back, so whoever comes first does not go on without the
@@ -258,7 +274,9 @@ void Coordinator::lost(int rank, TimeUs now) {
   for (int r = 0; r < size_; ++r) {
     if (!lost_[static_cast<std::size_t>(r)]) out_.replies.push_back({r, Lost{rank}});
   }
+  out_.groups.lost(rank, now);
   for (auto& channel : books_) channel->lost(rank, now);
+  settle_groups(now);
   if (had_left) return;
   release_joined(now);
   release_met(now);
@@ -282,10 +300,12 @@ void Coordinator::tick(TimeUs now) {
   if (std::any_of(books_.begin(), books_.end(), [](const auto& channel) { return channel->is_short(); })) untangle(now);
   end_starvation(now);
   release_met(now);
+  if (const auto deadline = out_.groups.next_deadline(); deadline && *deadline <= now) out_.groups.tick(now);
+  settle_groups(now);
 }
 
 std::optional<TimeUs> Coordinator::next_deadline() const {
-  std::optional<TimeUs> first;
+  std::optional<TimeUs> first = out_.groups.next_deadline();
   for (const auto& channel : books_) {
     const auto deadline = channel->next_deadline();
     if (deadline && (!first || *deadline < *first)) first = deadline;

@@ -25,6 +25,10 @@ class Coordinator {
   Coordinator(const Coordinator&) = delete;
   Coordinator& operator=(const Coordinator&) = delete;
 
+  // What ranks need to form a group (control/device_groups.h). Without it none is formed.
+  void set_name_group(NameGroup name) { out_.groups.set_name_group(std::move(name)); }
+  std::vector<std::string> take_news() { return out_.groups.take_news(); }  // of groups, for people
+
   // The decisions to be made again. To be filled before ranks open the channels that it names.
   Script& script() { return script_; }
 
@@ -55,6 +59,7 @@ class Coordinator {
   void join(int from, TimeUs now);
   void release_joined(TimeUs now);
   void release_met(TimeUs now);
+  void settle_groups(TimeUs now);
   void exit(int from, const Exit& message, TimeUs now);
   void end_if_all_gone();
 

@@ -3,7 +3,7 @@
 // for each Sync and each Done), so nothing can pile up towards a rank that is stopped. The exceptions: Probe, of which
 // at most one for each attempt waits for its answer; Decision of a next attempt and Late, to contributors of one that
 // is given up; Offer, of which at most one waits for its Offered, and one Dismiss for each of those; Failed, Lost (of
-// each rank) and AllGone, sent at most once.
+// each rank) and AllGone, sent at most once; Form and Disband, once for each group.
 //
 // Pull goes from a late rank to a rank that keeps a shard in its journal, and is answered by a transfer or by
 // Refused; PullState likewise to a rank that has offered its state, answered by a transfer or by NoState.
@@ -21,6 +21,7 @@ namespace hvd_backup {
 using Step = std::int64_t;
 using ChannelId = std::uint32_t;
 using Ranks = std::vector<std::int32_t>;  // ascending
+using GroupId = std::int64_t;             // of a DeviceGroups; 0: none
 
 enum class ChannelKind : std::uint8_t {
   training,   // one optimizer: a late rank applies what it missed and goes on with the newest step
@@ -65,9 +66,10 @@ struct Open {
   std::string proposal;     // that of the first rank to open is everybody's
   ChannelOptions options;
   bool wait_for_all = false;
+  bool on_device = false;  // of this rank's gradients some are on a GPU
   template <class A>
   void fields(A& a) {
-    a(name), a(kind), a(description), a(proposal), a(options), a(wait_for_all);
+    a(name), a(kind), a(description), a(proposal), a(options), a(wait_for_all), a(on_device);
   }
 };
 
@@ -227,6 +229,25 @@ struct Join {
   void fields(A&) {}
 };
 
+// Whether the sender can exchange data with others' GPUs directly: see DeviceGroups.
+struct CanGroup {
+  std::string why_not;  // empty: it can
+  template <class A>
+  void fields(A& a) {
+    a(why_not);
+  }
+};
+
+// The answer to Form. Later, too, when the group has failed here.
+struct Formed {
+  GroupId group = 0;
+  std::string failure;  // empty: it is there
+  template <class A>
+  void fields(A& a) {
+    a(group), a(failure);
+  }
+};
+
 // The sender's program ends; its engine goes on serving until AllGone. failure: empty when it ends as planned.
 struct Exit {
   std::string failure;
@@ -276,6 +297,7 @@ struct Decision {
   std::int32_t attempt = 0;
   std::int64_t tag = 0;  // the first of 2 * buckets tags that nobody else uses, before or after
   bool votes = false;    // the update may be applied only when Final says so: until then, another attempt may follow
+  GroupId group = 0;     // in which the contributors' GPUs exchange data
   Ranks contributors;
   std::vector<double> weights;  // one for each contributor
   double samples = 0;           // their sum
@@ -285,7 +307,7 @@ struct Decision {
   Outlook outlook;
   template <class A>
   void fields(A& a) {
-    a(channel), a(step), a(scope), a(attempt), a(tag), a(votes), a(contributors), a(weights), a(samples);
+    a(channel), a(step), a(scope), a(attempt), a(tag), a(votes), a(group), a(contributors), a(weights), a(samples);
     a(required), a(metadata), a(result), a(outlook);
   }
 };
@@ -422,6 +444,26 @@ struct Lost {
   }
 };
 
+// Form a group of these ranks. Answered by Formed, perhaps much later.
+struct Form {
+  GroupId group = 0;
+  Ranks members;
+  std::string name;  // see Device::new_group
+  template <class A>
+  void fields(A& a) {
+    a(group), a(members), a(name);
+  }
+};
+
+// The group is not used any more. What goes on in it will not end.
+struct Disband {
+  GroupId group = 0;
+  template <class A>
+  void fields(A& a) {
+    a(group);
+  }
+};
+
 struct AllGone {
   template <class A>
   void fields(A&) {}
@@ -472,10 +514,10 @@ struct NoState {
   }
 };
 
-using Message =
-    std::variant<Open, Arrive, Withdraw, Waiting, Done, Kept, Progress, Sync, Offered, StateLost, BeginRound, Away,
-                 Leave, Pause, Join, Exit, Opened, Failed, Decision, Final, Probe, Late, History, Resume, Over, Offer,
-                 Dismiss, Resync, Joined, Lost, AllGone, Pull, Refused, PullState, NoState>;
+using Message = std::variant<Open, Arrive, Withdraw, Waiting, Done, Kept, Progress, Sync, Offered, StateLost,
+                             BeginRound, Away, Leave, Pause, Join, CanGroup, Exit, Formed, Opened, Failed, Decision,
+                             Final, Probe, Late, History, Resume, Over, Offer, Dismiss, Resync, Joined, Lost, Form,
+                             Disband, AllGone, Pull, Refused, PullState, NoState>;
 
 std::vector<std::byte> encode(const Message& message);
 Message decode(const std::vector<std::byte>& bytes);  // RuntimeFailure when malformed

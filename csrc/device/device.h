@@ -50,16 +50,16 @@ class DeviceGroup {
 
 class Device {
  public:
-  using Ready = std::uint64_t;  // a point in the caller's stream
-  using Mark = std::uint64_t;   // a point in the queue
+  using Ready = std::shared_ptr<const void>;  // a point in the caller's stream
+  using Mark = std::uint64_t;                 // a point in the queue
 
   virtual ~Device() = default;
 
-  // What the caller has begun on this stream until now. Each is to be given to wait_for once.
+  // What the caller has begun on this stream until now.
   virtual Ready record(void* stream) = 0;
 
   // What is put into the queue from now on begins when that has ended.
-  virtual void wait_for(Ready ready) = 0;
+  virtual void wait_for(const Ready& ready) = 0;
 
   // Between host memory and the GPU's, or within it.
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;

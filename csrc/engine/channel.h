@@ -6,12 +6,14 @@
 #include <condition_variable>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "base/data_type.h"
 #include "collective/allreduce.h"
 #include "control/member.h"
+#include "device/device.h"
 #include "engine/journal.h"
 #include "engine/state.h"
 
@@ -21,13 +23,23 @@ struct BucketLayout {
   std::size_t count = 0;  // elements
   DataType dtype = DataType::float32;
   int scope = 0;
+  bool on_device = false;
+};
+
+// Where a bucket lies on the GPU.
+struct OnDevice {
+  const void* contribution = nullptr;
+  void* result = nullptr;
+  Device::Ready ready;
 };
 
 struct Bucket {
   BucketLayout layout;
+  // In host memory. For a bucket on the GPU they are what it goes through, and where missed updates come.
   const void* contribution = nullptr;
   void* result = nullptr;
   bool submitted = false;  // in the current step
+  std::optional<OnDevice> on_device;
   std::size_t bytes() const { return layout.count * size_of(layout.dtype); }
 };
 

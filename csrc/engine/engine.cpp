@@ -75,7 +75,7 @@ std::vector<Message> Engine::take_messages(Channel& channel) {
   std::vector<Message> messages = channel.member.take_messages();
   if (channel.buckets.size() != 1 || channel.measured) return messages;
   const Bucket& only = channel.buckets.front();
-  if (!only.submitted || only.bytes() == 0 || only.bytes() > most_payload_bytes) return messages;
+  if (!only.submitted || only.on_device || only.bytes() == 0 || only.bytes() > most_payload_bytes) return messages;
   for (Message& message : messages) {
     Arrive* arrive = std::get_if<Arrive>(&message);
     if (arrive && arrive->finite) arrive->payload = payload_of(only, channel.average);
@@ -99,6 +99,10 @@ Channel& Engine::open(const ChannelSpec& spec) {
   for (const auto& channel : channels_) {
     if (channel->name == spec.name) throw UsageError("'" + spec.name + "' is open already");
   }
+  if (spec.on_device && !device_) throw UsageError("'" + spec.name + "' has buckets on a GPU, but none is in use");
+  if (spec.on_device && spec.drop_nonfinite) {
+    throw UsageError("'" + spec.name + "': with drop_nonfinite gradients are handed over in host memory");
+  }
   if (spec.drop_nonfinite && spec.arrive_first) {
     throw UsageError("'" + spec.name + "': with drop_nonfinite a rank arrives with its last bucket");
   }
@@ -107,7 +111,8 @@ Channel& Engine::open(const ChannelSpec& spec) {
   channels_.back()->resyncs = spec.options.resync;
   training_channels_ += spec.kind == ChannelKind::training ? 1 : 0;
   first_n_collectives_ += spec.kind == ChannelKind::collective && spec.options.required < size_ ? 1 : 0;
-  outgoing_.push_back(Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all});
+  outgoing_.push_back(
+      Open{spec.name, spec.kind, spec.description, spec.proposal, spec.options, spec.wait_for_all, spec.on_device});
   wake();
   return *channels_.back();
 }
@@ -124,9 +129,14 @@ void Engine::set_layout(Channel& channel, const std::vector<BucketLayout>& bucke
   const std::scoped_lock lock(mutex_);
   check_usable(&channel);
   std::vector<int> scopes;
-  for (const BucketLayout& bucket : buckets) scopes.push_back(bucket.scope);
+  for (const BucketLayout& bucket : buckets) {
+    scopes.push_back(bucket.scope);
+    if (bucket.on_device && is_integer(bucket.dtype)) {
+      throw UsageError("'" + channel.name + "': integers on the GPU, where only floating-point numbers are summed");
+    }
+  }
   channel.member.set_layout(scopes);
-  for (const BucketLayout& bucket : buckets) channel.buckets.push_back({bucket, nullptr, nullptr, false});
+  for (const BucketLayout& bucket : buckets) channel.buckets.push_back({bucket, nullptr, nullptr, false, std::nullopt});
 }
 
 void Engine::set_results(Channel& channel, const std::vector<void*>& results) {
@@ -178,16 +188,42 @@ bool Engine::may_count(const Channel& channel, int bucket, const void* contribut
 }
 
 void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result, bool wait_follows) {
-  const bool finite = may_count(channel, bucket, contribution);
+  submit(channel, bucket, contribution, result, std::nullopt, may_count(channel, bucket, contribution), wait_follows);
+}
+
+void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result, OnDevice on_device,
+                    void* stream, bool wait_follows) {
+  on_device.ready = the_device()->device().record(stream);
+  submit(channel, bucket, contribution, result, on_device, true, wait_follows);
+}
+
+void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result,
+                    std::optional<OnDevice> on_device, bool finite, bool wait_follows) {
   const std::scoped_lock lock(mutex_);
   check_usable(&channel);
+  const auto index = static_cast<std::size_t>(bucket);
+  if (index < channel.buckets.size() && channel.buckets[index].layout.on_device != on_device.has_value()) {
+    throw UsageError("'" + channel.name + "': bucket " + std::to_string(bucket) + " is " +
+                     (on_device ? "not on the GPU by its layout" : "on the GPU by its layout"));
+  }
   channel.member.submit(bucket, finite);
-  Bucket& own = channel.buckets[static_cast<std::size_t>(bucket)];
+  Bucket& own = channel.buckets[index];
   own.contribution = contribution;
   own.result = result;
+  own.on_device = on_device;
   own.submitted = true;
   mark_dirty(channel);
   if (!wait_follows || driven_) wake();
+}
+
+void Engine::use_device(Device& device) {
+  const std::scoped_lock lock(mutex_);
+  check_usable(nullptr);
+  if (device_) throw UsageError("rank " + std::to_string(rank_) + " uses a GPU already");
+  device_ = std::make_unique<DeviceWork>(device, rank_);
+  if (coordinator_) coordinator_->set_name_group([&device] { return device.new_group(); });
+  outgoing_.push_back(CanGroup{device.why_no_groups()});
+  wake();
 }
 
 bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {

@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -26,6 +27,7 @@
 #include "collective/staging_pool.h"
 #include "control/coordinator.h"
 #include "engine/channel.h"
+#include "engine/device_work.h"
 #include "engine/fetch.h"
 #include "engine/idle.h"
 #include "engine/state_fetch.h"
@@ -46,6 +48,7 @@ struct ChannelSpec {
   bool drop_nonfinite = false;  // gradients that hold NaN or infinity count as late; not with arrive_first
   bool average = true;          // results are means weighted by samples (floating point); otherwise plain sums
   bool wait_for_all = false;
+  bool on_device = false;  // some buckets are on the GPU; see use_device()
 };
 
 // What rank 0 writes besides its work.
@@ -79,6 +82,12 @@ class Engine {
   void begin(Channel& channel, double samples, std::string metadata);
   // wait_follows: the engine thread need not be woken, because this thread calls wait() at once.
   void submit(Channel& channel, int bucket, const void* contribution, void* result, bool wait_follows);
+  // The same for a bucket whose contribution is on the GPU, made by what was begun on `stream` until now, and whose
+  // result is to be there. Contribution and result in host memory are given besides, see Bucket. Needs use_device().
+  void submit(Channel& channel, int bucket, const void* contribution, void* result, OnDevice on_device, void* stream,
+              bool wait_follows);
+  // The GPU of this rank, once. It must outlive this.
+  void use_device(Device& device);
   // True and the update when there is one within the timeout.
   bool wait(Channel& channel, TimeUs timeout_us, Update* update);
   // The thread that waits does nothing else until this channel's outcome is there, and has waited for long: the
@@ -163,6 +172,8 @@ class Engine {
   void take_turn(Pace& pace);
   bool turn();
   void rest(std::unique_lock<std::mutex>& lock, std::condition_variable& called, const Pace& pace, TimeUs spins_us);
+  void submit(Channel& channel, int bucket, const void* contribution, void* result, std::optional<OnDevice> on_device,
+              bool finite, bool wait_follows);
   static bool may_count(const Channel& channel, int bucket, const void* contribution);
   void withdraw(Channel& channel, bool also_complete);
   void lose(int rank, TimeUs now);
@@ -170,6 +181,7 @@ class Engine {
   void serve(int from, const Pull& pull);
   void serve(int from, const PullState& pull);
   void refused(const Refused& message, TimeUs now);
+  DeviceWork* the_device();
   Channel* find(ChannelId id);
   Channel& known(ChannelId id);
   std::function<Tag()> next_tags();
@@ -182,11 +194,13 @@ class Engine {
   void carry_out(Work work, TimeUs now);
   void send(int to, const Message& message);
   std::vector<Message> take_messages(Channel& channel);
+  static Tag tag_of(const Decision& decision, int bucket) { return 2 * (decision.tag + 2 * bucket); }
   void start_reduction(const Start& start);
   void bucket_reduced(Channel& channel, const Decision& decision, const SquaredNorms* norms);
   void abandon(Channel& channel, Reduction& reduction);
   void answer(Channel& channel, const Probe& probe);
   void stand_in_for(Channel& channel, const Final& message);
+  std::vector<int> shards_kept(const Ranks& contributors, bool all) const;
   void keep_for_late_ranks(Channel& channel, const Decision& decision);
   void keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all);
   void start_fetch(Channel& channel, const CatchUp& missed, TimeUs now);
@@ -199,7 +213,8 @@ class Engine {
   void say(Message message);
   void wake();
 
-  StagingPool staging_;  // outlives the transport, whose transfers may use its memory
+  std::unique_ptr<DeviceWork> device_;  // outlives the transport, too, as copies may
+  StagingPool staging_;                 // outlives the transport, whose transfers may use its memory
   std::unique_ptr<Transport> transport_;
   const int process_;  // its number
   const int rank_;

@@ -55,7 +55,12 @@ void Engine::stand_in_for(Channel& channel, const Final& message) {
     if (collective) collective->abandon();
   }
   reduction.keeps_all = true;
-  if (!channel.member.holds()) keep_for_late_ranks(channel, reduction.decision);
+  if (channel.member.holds()) return;
+  for (const Bucket& bucket : channel.buckets) {
+    if (bucket.layout.scope != message.scope || !bucket.on_device || reduction.decision.group == 0) continue;
+    device_->copy_now(bucket.result, bucket.on_device->result, bucket.bytes());  // only its own shards were kept
+  }
+  keep_for_late_ranks(channel, reduction.decision);
 }
 
 // A late rank asks for a shard that this rank keeps.
@@ -149,26 +154,51 @@ void Engine::start_reduction(const Start& start) {
     bucket_reduced(*start.channel, decision, nullptr);
     return;
   }
-  AllreduceOptions options;
-  options.members.assign(decision.contributors.begin(), decision.contributors.end());
-  options.dtype = bucket.layout.dtype;
-  options.count = bucket.layout.count;
-  options.contribution = bucket.contribution;
-  options.result = bucket.result;
-  options.tag = 2 * (decision.tag + 2 * start.bucket);
-  options.result_tag = options.tag + 2;
-  options.cancellable = decision.votes;
-  options.staging = &staging_;
-  Factors factors = factors_of(decision, options.dtype, start.channel->average);
-  options.weights = std::move(factors.weights);
-  options.scale = factors.scale;
-  if (start.channel->measured && start.bucket < start.channel->gradient_buckets && !is_integer(options.dtype)) {
-    options.norms = std::make_shared<SquaredNorms>();
-  }
-  const auto norms = options.norms;
-  auto running = start_allreduce(*transport_, std::move(options), [this, channel = start.channel, decision, norms] {
+  const std::vector<int> ranks(decision.contributors.begin(), decision.contributors.end());
+  const Tag tag = tag_of(decision, start.bucket);
+  Factors factors = factors_of(decision, bucket.layout.dtype, start.channel->average);
+  std::shared_ptr<SquaredNorms> norms;
+  const bool is_gradient = start.bucket < start.channel->gradient_buckets && !is_integer(bucket.layout.dtype);
+  if (start.channel->measured && is_gradient) norms = std::make_shared<SquaredNorms>();
+  OnDone on_done = [this, channel = start.channel, decision, norms] {
     bucket_reduced(*channel, decision, norms.get());
-  });
+  };
+  std::shared_ptr<RunningAllreduce> running;
+  if (bucket.on_device && decision.group != 0) {
+    DeviceAllreduceOptions options;
+    options.weights = std::move(factors.weights);
+    options.scale = factors.scale;
+    options.dtype = bucket.layout.dtype;
+    options.count = bucket.layout.count;
+    options.contribution = bucket.on_device->contribution;
+    options.result = bucket.on_device->result;
+    if (!start.channel->member.holds()) {
+      for (const int shard : shards_kept(decision.contributors, false)) {
+        options.kept.push_back(shard_of(bucket.layout.count, ranks.size(), static_cast<std::size_t>(shard)));
+      }
+    }
+    options.host_result = bucket.result;
+    running = device_->start_in_group(decision.group, tag, ranks, std::move(options), bucket.on_device->ready,
+                                      std::move(on_done));
+  } else {
+    AllreduceOptions options;
+    options.members = ranks;
+    options.dtype = bucket.layout.dtype;
+    options.count = bucket.layout.count;
+    options.contribution = bucket.contribution;
+    options.result = bucket.result;
+    options.tag = tag;
+    options.result_tag = tag + 2;
+    options.cancellable = decision.votes;
+    options.staging = &staging_;
+    options.weights = std::move(factors.weights);
+    options.scale = factors.scale;
+    options.norms = norms;
+    running = bucket.on_device
+                  ? device_->start_through_host(*transport_, std::move(options), bucket.on_device->contribution,
+                                                bucket.on_device->result, bucket.on_device->ready, std::move(on_done))
+                  : start_allreduce(*transport_, std::move(options), std::move(on_done));
+  }
   const std::scoped_lock lock(mutex_);
   Reduction& reduction = start.channel->reductions[decision.scope];
   if (reduction.decision.tag == decision.tag && !reduction.collectives.empty()) {
@@ -215,23 +245,31 @@ void Engine::keep_for_late_ranks(Channel& channel, const Decision& decision) {
                       channel.reductions[decision.scope].keeps_all);
 }
 
-// This rank's shards of the result that it has now, if it is among the contributors; or all shards.
-void Engine::keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all) {
+// Which shards of the result this rank keeps, if it is among the contributors; or all.
+std::vector<int> Engine::shards_kept(const Ranks& contributors, bool all) const {
   const int k = static_cast<int>(contributors.size());
   const auto self = std::find(contributors.begin(), contributors.end(), rank_);
-  if (self == contributors.end()) return;
+  std::vector<int> kept;
+  if (self == contributors.end()) return kept;
   const int own = static_cast<int>(self - contributors.begin());
+  for (int shard = 0; shard < k; ++shard) {
+    if (all || owner_of(shard) == own || neighbour_of(shard, k) == own) kept.push_back(shard);
+  }
+  return kept;
+}
+
+// Of the result in host memory that this rank has now.
+void Engine::keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all) {
+  const std::size_t k = contributors.size();
+  const std::vector<int> kept = shards_kept(contributors, all);
   for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
     const Bucket& bucket = channel.buckets[b];
     if (bucket.layout.scope != scope) continue;
-    const auto keep = [&](int shard) {
-      const Shard cut = shard_of(bucket.layout.count, static_cast<std::size_t>(k), static_cast<std::size_t>(shard));
+    for (const int shard : kept) {
+      const Shard cut = shard_of(bucket.layout.count, k, static_cast<std::size_t>(shard));
       const std::size_t size = size_of(bucket.layout.dtype);
       const auto* begin = static_cast<const std::byte*>(bucket.result) + cut.begin * size;
       channel.journal.keep(step, static_cast<int>(b), shard, {begin, cut.size() * size});
-    };
-    for (int shard = 0; shard < k; ++shard) {
-      if (all || owner_of(shard) == own || neighbour_of(shard, k) == own) keep(shard);
     }
   }
 }

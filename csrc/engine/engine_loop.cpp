@@ -32,7 +32,7 @@ bool is_for_coordinator(const Message& message) {
                std::is_same_v<Body, Progress> || std::is_same_v<Body, Sync> || std::is_same_v<Body, Offered> ||
                std::is_same_v<Body, StateLost> || std::is_same_v<Body, BeginRound> || std::is_same_v<Body, Away> ||
                std::is_same_v<Body, Leave> || std::is_same_v<Body, Pause> || std::is_same_v<Body, Join> ||
-               std::is_same_v<Body, Exit>;
+               std::is_same_v<Body, CanGroup> || std::is_same_v<Body, Formed> || std::is_same_v<Body, Exit>;
       },
       message);
 }
@@ -120,7 +120,7 @@ void Engine::take_turn(Pace& pace) {
   if (stop_) return;
   try {
     pace.worked = turn();
-    pace.pending = transport_->pending();
+    pace.pending = transport_->pending() + (the_device() != nullptr ? the_device()->pending() : 0);
   } catch (const std::exception& error) {
     fail("the engine of rank " + std::to_string(rank_) + " has failed: " + error.what());
     stop_ = true;
@@ -154,6 +154,7 @@ void Engine::rest(std::unique_lock<std::mutex>& lock, std::condition_variable& c
 // One round: completes transfers, takes messages, does what has become possible. True when there was anything.
 bool Engine::turn() {
   bool worked = transport_->progress();
+  if (DeviceWork* device = the_device()) worked = device->progress() || worked;
   const TimeUs now = monotonic_us();
   for (const int rank : transport_->take_lost()) lose(rank, now);
   int from = 0;
@@ -174,6 +175,12 @@ bool Engine::turn() {
   if (work.empty()) return worked;
   carry_out(std::move(work), now);
   return true;
+}
+
+// Null: none is in use.
+DeviceWork* Engine::the_device() {
+  const std::scoped_lock lock(mutex_);
+  return device_.get();
 }
 
 // With the mutex held; null: none that this rank has opened.
@@ -247,6 +254,10 @@ void Engine::receive(int from, const Message& message, TimeUs now) {
           changed_.notify_all();
         } else if constexpr (std::is_same_v<Body, Lost>) {
           lost_.push_back(body_of.rank);
+        } else if constexpr (std::is_same_v<Body, Form>) {
+          if (device_) device_->form(body_of);
+        } else if constexpr (std::is_same_v<Body, Disband>) {
+          if (device_) device_->disband(body_of.group);
         } else if constexpr (std::is_same_v<Body, AllGone>) {
           all_gone_ = true;
         } else if constexpr (std::is_same_v<Body, Refused>) {
@@ -282,8 +293,12 @@ Engine::Work Engine::collect(TimeUs now) {
     channel->dirty = false;
     collect(*channel, work);
   }
+  if (device_) {
+    for (Formed& formed : device_->take_answers()) work.messages.push_back({0, std::move(formed)});
+  }
   if (coordinator_) {
     if (const auto deadline = coordinator_->next_deadline(); deadline && *deadline <= now) coordinator_->tick(now);
+    for (const std::string& news : coordinator_->take_news()) report(rank_, news);
     for (Reply& reply : coordinator_->take_replies()) work.messages.push_back(std::move(reply));
     take_records();
   }
@@ -309,6 +324,9 @@ void Engine::collect(Channel& channel, Work& work) {
     for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
       if (channel.buckets[b].layout.scope != reduction.decision.scope) continue;
       ++reduction.left;
+      if (reduction.decision.group != 0 && channel.buckets[b].layout.on_device) {
+        device_->announce(reduction.decision.group, tag_of(reduction.decision, static_cast<int>(b)));
+      }
       channel.journal.forget(reduction.decision.step, static_cast<int>(b));  // of an earlier attempt
     }
   }

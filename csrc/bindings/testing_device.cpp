@@ -1,0 +1,282 @@
+// A stand-in for a GPU (device/device.h): its memory is the host's, its queue runs late and a little at a time, and its
+// groups exchange files in a folder, so that ranks may be threads or processes.
+//
+// Addresses on it may be given with the bit `disguise` set: whoever else uses them crashes.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <mutex>
+#include <random>
+#include <vector>
+
+#include "base/error.h"
+#include "bindings/gpu_arguments.h"
+#include "bindings/testing.h"
+#include "device/device.h"
+#include "kernels/weighted_sum.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace hvd_backup {
+
+namespace {
+
+using gpu::Address;
+using gpu::pointer;
+
+constexpr Address disguise = Address{1} << 62;
+
+template <class T>
+T* undisguised(T* address) {
+  return reinterpret_cast<T*>(reinterpret_cast<Address>(address) & ~disguise);
+}
+
+// Work of the caller's, done in its order, each when somebody waits for it.
+struct HostStream {
+  std::mutex mutex;
+  std::deque<std::function<void()>> work;
+  std::uint64_t begun = 0, ended = 0;
+
+  void write(Address to, const nb::bytes& data) {
+    const std::scoped_lock lock(mutex);
+    ++begun;
+    work.push_back([to, data = std::string(data.c_str(), data.size())] {
+      std::memcpy(undisguised(pointer<char>(to)), data.data(), data.size());
+    });
+  }
+  void run_one() {
+    const std::scoped_lock lock(mutex);
+    if (work.empty()) return;
+    work.front()();
+    work.pop_front();
+    ++ended;
+  }
+  void run_all() {
+    while (ended < begun) run_one();
+  }
+};
+
+struct Point {
+  HostStream* stream;
+  std::uint64_t position;
+};
+
+class HostDevice;
+
+class HostGroup final : public DeviceGroup {
+ public:
+  HostGroup(HostDevice& device, std::string name, int member, int members);
+  ~HostGroup() override { abort(); }
+  State state() override;
+  std::string reason() const override { return reason_; }
+  void exchange(std::span<const Part> parts) override;
+  void abort() override;
+
+ private:
+  struct Exchange {
+    std::vector<Part> parts;
+    std::vector<std::string> files;
+    bool sent = false;
+    bool aborted = false;
+    bool go_on();
+  };
+
+  HostDevice& device_;
+  const std::string name_;
+  const int member_;
+  const int members_;
+  std::vector<int> sends_, receives_;  // so far, by peer
+  std::vector<std::shared_ptr<Exchange>> at_work_;
+  int busy_ = 3;  // for so many questions
+  bool here_ = false;
+  bool failed_ = false;
+  std::string reason_;
+};
+
+class HostDevice final : public Device {
+ public:
+  HostDevice(std::string folder, unsigned seed, std::string why_no_groups)
+      : folder_(std::move(folder)), why_no_groups_(std::move(why_no_groups)), random_(seed) {}
+
+  Ready record(void* stream) override {
+    auto* recorded = static_cast<HostStream*>(stream);
+    if (recorded == nullptr) return nullptr;
+    const std::scoped_lock lock(recorded->mutex);
+    return std::make_shared<const Point>(Point{recorded, recorded->begun});
+  }
+
+  void wait_for(const Ready& ready) override {
+    if (!ready) return;
+    put([point = *static_cast<const Point*>(ready.get())] {
+      if (point.stream->ended >= point.position) return true;
+      point.stream->run_one();
+      return false;
+    });
+  }
+
+  void copy(void* to, const void* from, std::size_t bytes) override {
+    ++copies;
+    put([=] { return std::memcpy(undisguised(to), undisguised(from), bytes), true; });
+  }
+
+  void sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
+           double scale, std::size_t count) override {
+    ++sums;
+    std::vector<const void*> places;
+    for (const void* source : sources) places.push_back(undisguised(source));
+    put([=, weights = std::vector(weights.begin(), weights.end())] {
+      return weighted_sum(dtype, undisguised(destination), places, weights, scale, count), true;
+    });
+  }
+
+  std::byte* scratch(std::size_t bytes) override {
+    scratch_.push_back(std::make_unique<std::byte[]>(bytes));  // what was before may be in use still
+    return scratch_.back().get();
+  }
+
+  Mark mark() override { return put_; }
+  bool reached(Mark mark) override {
+    for (int n = static_cast<int>(random_() % 4); n > 0 && !queue_.empty() && !hangs; --n) {
+      if (!queue_.front()()) break;
+      queue_.pop_front();
+      ++ended_;
+    }
+    return ended_ >= mark;
+  }
+
+  std::string why_no_groups() const override { return why_no_groups_; }
+  std::string new_group() override {
+    return folder_ + "/" + std::to_string(getpid()) + "-" + std::to_string(random_());
+  }
+  std::unique_ptr<DeviceGroup> join(const std::string& group, int member, int members) override {
+    ++groups;
+    return std::make_unique<HostGroup>(*this, group, member, members);
+  }
+
+  void put(std::function<bool()> work) {
+    queue_.push_back(std::move(work));
+    ++put_;
+  }
+
+  std::atomic<int> copies = 0, sums = 0, groups = 0, exchanges = 0, aborts = 0;
+  std::atomic<bool> hangs = false;        // nothing of the queue is done
+  std::atomic<int> failing_exchange = 0;  // the group fails at the exchange with this number
+
+ private:
+  const std::string folder_;
+  const std::string why_no_groups_;
+  std::minstd_rand random_;
+  std::deque<std::function<bool()>> queue_;
+  Mark put_ = 0, ended_ = 0;
+  std::vector<std::unique_ptr<std::byte[]>> scratch_;
+};
+
+HostGroup::HostGroup(HostDevice& device, std::string name, int member, int members)
+    : device_(device),
+      name_(std::move(name)),
+      member_(member),
+      members_(members),
+      sends_(static_cast<std::size_t>(members)),
+      receives_(static_cast<std::size_t>(members)) {
+  std::ofstream(name_ + "." + std::to_string(member_)).close();
+}
+
+DeviceGroup::State HostGroup::state() {
+  if (failed_) return State::failed;
+  for (int member = 0; member < members_ && !here_; ++member) {
+    if (!std::filesystem::exists(name_ + "." + std::to_string(member))) return State::busy;
+  }
+  here_ = true;
+  return busy_ > 0 && busy_-- > 0 ? State::busy : State::ready;
+}
+
+void HostGroup::exchange(std::span<const Part> parts) {
+  if (parts.empty() || busy_ > 0 || failed_) throw RuntimeFailure("an exchange of nothing, or when it is not ready");
+  ++device_.exchanges;
+  busy_ = 2;
+  if (device_.exchanges == device_.failing_exchange) {
+    failed_ = true;
+    reason_ = "told to fail";
+    return;
+  }
+  auto exchange = std::make_shared<Exchange>();
+  for (const Part& part : parts) {
+    const auto peer = static_cast<std::size_t>(part.peer);
+    const int number = part.is_send ? sends_[peer]++ : receives_[peer]++;
+    const int from = part.is_send ? member_ : part.peer, to = part.is_send ? part.peer : member_;
+    exchange->parts.push_back(part);
+    exchange->files.push_back(name_ + "." + std::to_string(from) + "." + std::to_string(to) + "." +
+                              std::to_string(number));
+  }
+  at_work_.push_back(exchange);
+  device_.put([exchange] { return exchange->go_on(); });
+}
+
+// Whether it has ended.
+bool HostGroup::Exchange::go_on() {
+  if (aborted) return true;
+  bool all = true;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const Part& part = parts[i];
+    char* data = reinterpret_cast<char*>(undisguised(part.data));
+    if (part.is_send && !sent) {
+      std::ofstream(files[i] + ".new", std::ios::binary).write(data, static_cast<std::streamsize>(part.bytes));
+      std::filesystem::rename(files[i] + ".new", files[i]);
+    }
+    if (part.is_send || files[i].empty()) continue;
+    std::error_code none;
+    const auto size = std::filesystem::file_size(files[i], none);
+    if (none) {
+      all = false;
+      continue;
+    }
+    if (size != part.bytes) throw RuntimeFailure("a send and its receive differ in size: " + files[i]);
+    std::ifstream(files[i], std::ios::binary).read(data, static_cast<std::streamsize>(part.bytes));
+    files[i].clear();
+  }
+  sent = true;
+  return all;
+}
+
+void HostGroup::abort() {
+  if (!failed_) ++device_.aborts;
+  failed_ = true;
+  for (const auto& exchange : at_work_) exchange->aborted = true;
+}
+
+}  // namespace
+
+void register_device(nb::module_& module) {
+  module.attr("disguise") = disguise;
+  nb::class_<HostStream>(module, "HostStream")
+      .def(nb::init<>())
+      .def_prop_ro("address", [](HostStream& self) { return reinterpret_cast<Address>(&self); })
+      .def("write", &HostStream::write, "to"_a, "data"_a)
+      .def("run_all", &HostStream::run_all);
+  nb::class_<HostDevice>(module, "HostDevice")
+      .def(nb::init<std::string, unsigned, std::string>(), "folder"_a, "seed"_a = 1, "why_no_groups"_a = "")
+      .def_prop_ro("address", [](HostDevice& self) { return reinterpret_cast<Address>(static_cast<Device*>(&self)); })
+      .def_prop_ro("why_no_groups", &HostDevice::why_no_groups)
+      .def_prop_ro("copies", [](const HostDevice& self) { return self.copies.load(); })
+      .def_prop_ro("sums", [](const HostDevice& self) { return self.sums.load(); })
+      .def_prop_ro("groups", [](const HostDevice& self) { return self.groups.load(); })
+      .def_prop_ro("exchanges", [](const HostDevice& self) { return self.exchanges.load(); })
+      .def_prop_ro("aborts", [](const HostDevice& self) { return self.aborts.load(); })
+      .def_prop_rw(
+          "hangs", [](const HostDevice& self) { return self.hangs.load(); },
+          [](HostDevice& self, bool value) { self.hangs = value; })
+      .def_prop_rw(
+          "failing_exchange", [](const HostDevice& self) { return self.failing_exchange.load(); },
+          [](HostDevice& self, int value) { self.failing_exchange = value; });
+}
+
+}  // namespace hvd_backup

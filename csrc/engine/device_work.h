@@ -1,0 +1,78 @@
+// What the engine does on a GPU: reductions in groups (collective/device_allreduce.h), one after the other in the order
+// of their decisions, which is the same on all ranks; and reductions through host memory, where there is no group. Used
+// with the engine's turn.
+//
+// The queue of the GPU has one order. So what is given up may be in the way of everything after it, until its group is
+// aborted: drain() does so. A group that fails here is aborted at once, and the coordinator told.
+#pragma once
+
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "collective/allreduce.h"
+#include "collective/device_allreduce.h"
+#include "control/messages.h"
+#include "device/device.h"
+
+namespace hvd_backup {
+
+class DeviceWork {
+ public:
+  // device: must outlive this.
+  DeviceWork(Device& device, int rank);
+  ~DeviceWork();
+
+  Device& device() { return device_; }
+
+  void form(const Form& message);
+  void disband(GroupId group);
+  // Of groups that have been formed, or have failed, since the last call.
+  std::vector<Formed> take_answers() { return std::exchange(answers_, {}); }
+
+  // A reduction in a group will be started with this tag: what comes after it in the group waits for it.
+  void announce(GroupId group, Tag tag);
+  // ranks: the contributors, from which members and self of the options are made. on_done: as of start_allreduce.
+  std::shared_ptr<RunningAllreduce> start_in_group(GroupId group, Tag tag, const std::vector<int>& ranks,
+                                                   DeviceAllreduceOptions options, Device::Ready ready, OnDone on_done);
+  // Contribution and result of the options lie in host memory; those given besides on the GPU.
+  std::shared_ptr<RunningAllreduce> start_through_host(Transport& transport, AllreduceOptions options,
+                                                       const void* contribution, void* result, Device::Ready ready,
+                                                       OnDone on_done);
+  // Blocks until the copy has ended.
+  void copy_now(void* to, const void* from, std::size_t bytes);
+
+  // Goes on with what can go on; whether anything has.
+  bool progress();
+  std::size_t pending() const { return in_groups_.size() + through_host_.size(); }
+
+ private:
+  class InGroup;
+  class ThroughHost;
+  struct Group {
+    std::unique_ptr<DeviceGroup> group;
+    std::vector<int> members;  // ranks
+    bool formed = false;
+    bool failed = false;
+    std::map<Tag, std::shared_ptr<InGroup>> queue;  // announced, and not issued; null until it is started
+  };
+
+  void abort(GroupId id, const std::string& reason);
+  void fail(GroupId id, const std::string& reason);
+  bool go_on(GroupId id, Group& group);
+  void drain();
+
+  Device& device_;
+  const int rank_;
+  std::map<GroupId, Group> groups_;
+  std::list<std::shared_ptr<InGroup>> in_groups_;  // not complete
+  std::list<std::shared_ptr<ThroughHost>> through_host_;
+  std::vector<Formed> answers_;
+  std::uint64_t begun_ = 0;
+};
+
+}  // namespace hvd_backup

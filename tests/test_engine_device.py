@@ -1,0 +1,244 @@
+"""The engine with gradients on a GPU: ranks as threads, and in the GPU's place one whose memory is the host's, whose
+queue runs late, and whose groups exchange files (csrc/bindings/testing_device.cpp). Whoever uses its addresses without
+it crashes.
+
+Rank r contributes 2^r times an element's number, so a result names its contributors.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvd_backup import _core
+from hvd_backup import _core_testing as testing
+from hvd_backup.errors import UsageError
+from tests.threads import spawn
+
+ELEMENTS = 1003
+NUMBERS = [np.arange(ELEMENTS + b, dtype=np.float32) % 64 for b in range(3)]
+
+
+class DeviceStream:
+    """One training channel of one rank, with three float32 buckets on its GPU and one float64 in host memory."""
+
+    def __init__(self, engine: Any, required: int, device: Any, **options: Any) -> None:
+        self.rank, self.device = engine.rank, device
+        self.stream = testing.HostStream()
+        self.channel = engine.open(
+            "stream", "training", "the same", b"", required, wait_for_all=True, on_device=True, **options
+        )
+        layout = [(len(numbers), "float32") for numbers in NUMBERS] + [(1, "float64")]
+        self.channel.set_layout(layout, [0] * 4, [True] * 3 + [False])
+        self.mine = [np.full(len(numbers), np.nan, np.float32) for numbers in NUMBERS]
+        self.device_results = [np.full(len(numbers), np.nan, np.float32) for numbers in NUMBERS]
+        self.sent = [np.full(len(numbers), np.nan, np.float32) for numbers in NUMBERS]
+        self.received = [np.full(len(numbers), np.nan, np.float32) for numbers in NUMBERS]
+        self.scalar, self.mean = np.zeros(1), np.zeros(1)
+        self.channel.set_results([r.ctypes.data for r in [*self.received, self.mean]])
+        self.applied: list[tuple[int, tuple[int, ...]]] = []
+        self.last = ""
+
+    def step(self, pause: Callable[[], object] = lambda: None) -> None:
+        """pause: called between the first bucket and the second."""
+        self.channel.begin(1.0, b"from %d" % self.rank)
+        for bucket, numbers in enumerate(NUMBERS):
+            if bucket == 1:
+                pause()
+            self.mine[bucket][:] = np.nan  # until the caller's stream gets there
+            place = self.mine[bucket].ctypes.data
+            self.stream.write(place, (numbers * np.float32(2.0**self.rank)).tobytes())
+            self.channel.submit_on_device(
+                bucket,
+                self.sent[bucket].ctypes.data,
+                self.received[bucket].ctypes.data,
+                place | testing.disguise,
+                self.device_results[bucket].ctypes.data | testing.disguise,
+                self.stream.address,
+            )
+        self.scalar[0] = 2.0**self.rank
+        self.channel.submit(3, self.scalar.ctypes.data, self.mean.ctypes.data)
+        self.take()
+
+    def take(self) -> None:
+        """Takes updates until this rank's own, or until there is nothing more to take; each must be what it says."""
+        while True:
+            update = self.channel.wait()
+            self.last = update.kind
+            if update.kind != "update":
+                return
+            ranks = update.contributors[0]
+            mean = np.float32(sum(2.0**r for r in ranks)) * np.float32(1 / len(ranks))
+            for result, numbers in zip(
+                self.device_results if update.contributed else self.received, NUMBERS, strict=True
+            ):
+                np.testing.assert_allclose(result, mean * numbers, rtol=1e-6)
+                result[:] = np.nan
+            assert self.mean[0] == pytest.approx(mean)
+            self.applied.append((update.step, tuple(ranks)))
+            if update.contributed:
+                return
+
+    def leave(self) -> None:
+        self.channel.leave()
+        while self.last != "over":
+            self.take()
+
+
+def equal_histories(streams: list[DeviceStream]) -> list[tuple[int, tuple[int, ...]]]:
+    """I1 at the end of a run."""
+    for stream in streams[1:]:
+        assert stream.applied == streams[0].applied
+    assert [step for step, _ in streams[0].applied] == list(range(len(streams[0].applied)))
+    return streams[0].applied
+
+
+def devices(folder: Path, size: int, why_no_groups: str = "") -> list[Any]:
+    return [testing.HostDevice(str(folder), rank + 1, why_no_groups) for rank in range(size)]
+
+
+def until(condition: Callable[[], bool], step: Callable[[], None]) -> None:
+    """Steps until it is true; at most for half a minute."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it has not become true"
+        step()
+
+
+def train(
+    size: int, folder: Path, body: Callable[[DeviceStream, list[Any]], None], why_no_groups: str = "", **options: Any
+) -> Any:
+    """Runs body(stream, all devices) on each rank, then leaves. Returns streams and devices."""
+    on = devices(folder, size, why_no_groups)
+    options = {"required": size - 1, "grace_us": 2000} | options
+
+    def run(engine: Any) -> DeviceStream:
+        device = on[engine.rank]
+        engine.use_device(device)
+        stream = DeviceStream(engine, device=device, **options)
+        body(stream, on)
+        stream.leave()
+        return stream
+
+    return spawn(size, run), on
+
+
+@pytest.mark.parametrize("arrive", ["first", "last"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_gpus_exchange_data_directly_once_their_group_is_formed(size: int, arrive: str, tmp_path: Path) -> None:
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        until(lambda: all(device.exchanges >= 20 for device in on), stream.step)
+
+    streams, on = train(size, tmp_path, body, arrive=arrive)
+    equal_histories(streams)
+    assert all(device.sums >= 10 for device in on), "each was the sum of a shard"
+
+
+def test_without_groups_gradients_go_through_host_memory(tmp_path: Path) -> None:
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        for _ in range(20):
+            stream.step()
+
+    streams, on = train(3, tmp_path, body, why_no_groups="there is no NCCL")
+    equal_histories(streams)
+    assert all(device.groups == device.exchanges == 0 and device.copies > 0 for device in on)
+
+
+def test_i1_a_late_rank_fetches_what_gpus_have_exchanged_from_host_memory(tmp_path: Path) -> None:
+    gone_by, back = threading.Event(), threading.Event()
+
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        until(lambda: all(device.exchanges >= 6 for device in on), stream.step)
+        if stream.rank == 3:
+            gone_by.wait(30)
+            before = len(stream.applied)
+            stream.step()
+            assert len(stream.applied) >= before + 10
+            back.set()
+        elif stream.rank == 0:
+            for _ in range(20):
+                stream.step()
+            gone_by.set()
+
+        def step() -> None:
+            time.sleep(0.003)
+            stream.step()
+
+        until(back.is_set, step)
+
+    streams, _ = train(4, tmp_path, body)
+    equal_histories(streams)
+
+
+def test_a_group_that_fails_is_left_and_its_attempts_are_begun_anew_through_host_memory(tmp_path: Path) -> None:
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        if stream.rank == 1:
+            stream.device.failing_exchange = 7
+        until(lambda: on[1].exchanges >= 7, stream.step)
+        for _ in range(10):
+            stream.step()
+
+    streams, on = train(3, tmp_path, body)
+    equal_histories(streams)
+    assert on[1].exchanges == 7 and all(device.aborts for device in (on[0], on[2]))
+
+
+def test_i4_a_contributor_that_stops_amid_its_backward_pass_is_replaced_and_its_group_aborted(tmp_path: Path) -> None:
+    gone_by = threading.Event()
+
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        until(lambda: all(device.exchanges >= 6 for device in on), stream.step)
+        if stream.rank == 2:
+            stream.step(pause=lambda: gone_by.wait(30))
+        until(lambda: all(device.aborts for device in on[:2]), stream.step)
+        for _ in range(5):
+            stream.step()
+        gone_by.set()
+        until(lambda: on[2].aborts > 0, stream.step)
+        for _ in range(5):
+            stream.step()
+
+    streams, on = train(3, tmp_path, body)
+    equal_histories(streams)
+    assert all(device.groups == 1 for device in on)  # until they have rested: see test_device_groups.py
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_i1_under_random_delays_and_drops(seed: int, tmp_path: Path) -> None:
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        chance = random.Random(seed * 10 + stream.rank)
+        for _ in range(60):
+            if chance.random() < 0.2:
+                time.sleep(chance.random() * 0.02)
+            stream.step()
+
+    streams, _ = train(4, tmp_path, body, required=2)
+    equal_histories(streams)
+
+
+def test_a_channel_on_the_gpu_needs_one() -> None:
+    hub = _core.Hub(1)
+    engine = _core.Engine.in_process(hub, 0)
+    with pytest.raises(UsageError, match="has buckets on a GPU, but none is in use"):
+        engine.open("it", "training", "", b"", 1, on_device=True)
+    engine.shutdown()
+
+
+def test_what_does_not_fit_the_layout_is_an_error(tmp_path: Path) -> None:
+    hub = _core.Hub(1)
+    engine = _core.Engine.in_process(hub, 0)
+    (device,) = devices(tmp_path, 1)
+    engine.use_device(device)
+    with pytest.raises(UsageError, match="uses a GPU already"):
+        engine.use_device(device)
+    with pytest.raises(UsageError, match="with drop_nonfinite gradients are handed over in host memory"):
+        engine.open("it", "training", "", b"", 1, on_device=True, arrive="last", drop_nonfinite=True)
+    channel = engine.open("it", "training", "", b"", 1, on_device=True)
+    with pytest.raises(UsageError, match="integers on the GPU"):
+        channel.set_layout([(1, "int64")], [0], [True])
+    engine.shutdown()
