@@ -16,12 +16,13 @@ MAY_INCLUDE = {
     "control": {"base"},
     "transport": {"base"},
     "kernels": {"base"},
-    "gpu": {"base"},  # a library of its own
-    "collective": {"base", "transport", "kernels"},
-    "engine": {"base", "control", "transport", "collective", "kernels"},
-    "api": {"base", "control", "transport", "collective", "kernels", "engine"},
+    "device": {"base"},
+    "gpu": {"base", "device"},  # a library of its own
+    "collective": {"base", "transport", "kernels", "device"},
+    "engine": {"base", "control", "transport", "collective", "kernels", "device"},
+    "api": {"base", "control", "transport", "collective", "kernels", "device", "engine"},
     "bindings": {"api"},
-    "bindings of the GPU library": {"base", "gpu", "bindings"},
+    "bindings of the GPU library": {"base", "device", "gpu", "bindings"},
 }
 # Control is pure: time and messages come in, messages come out.
 IMPURE = {

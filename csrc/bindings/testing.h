@@ -8,5 +8,6 @@ namespace hvd_backup {
 void register_data_plane(nanobind::module_& module);  // kernels, transport, collective
 void register_control(nanobind::module_& module);
 void register_gpu_kernels(nanobind::module_& module);
+void register_nccl(nanobind::module_& module);
 
 }  // namespace hvd_backup
