@@ -31,6 +31,10 @@ else()
   endif()
 endif()
 
+if(have_gpu OR HVD_BACKUP_TESTING) # it needs neither CUDA nor NCCL
+  add_library(hvd_backup_nccl STATIC csrc/gpu/nccl.cpp)
+  target_link_libraries(hvd_backup_nccl PRIVATE hvd_backup_flags ${CMAKE_DL_LIBS})
+endif()
 if(have_gpu)
   add_library(hvd_backup_gpu STATIC csrc/gpu/kernels.cu csrc/gpu/cuda_device.cu)
   target_include_directories(hvd_backup_gpu PUBLIC csrc)
