@@ -31,15 +31,20 @@ else()
   endif()
 endif()
 
+if(have_gpu OR HVD_BACKUP_TESTING) # it needs neither CUDA nor NCCL
+  add_library(hvd_backup_nccl STATIC csrc/gpu/nccl.cpp)
+  target_link_libraries(hvd_backup_nccl PRIVATE hvd_backup_flags ${CMAKE_DL_LIBS})
+endif()
 if(have_gpu)
-  add_library(hvd_backup_gpu STATIC csrc/gpu/kernels.cu)
+  add_library(hvd_backup_gpu STATIC csrc/gpu/kernels.cu csrc/gpu/cuda_device.cu)
   target_include_directories(hvd_backup_gpu PUBLIC csrc)
+  target_link_libraries(hvd_backup_gpu PRIVATE hvd_backup_nccl)
   # No fused multiply-add: the same bits as on the CPU.
   target_compile_options(hvd_backup_gpu PRIVATE --fmad=false "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas")
   set_target_properties(hvd_backup_gpu PROPERTIES
     CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static)
   add_python_module(_gpu csrc/bindings/gpu.cpp)
-  target_link_libraries(_gpu PRIVATE hvd_backup_gpu)
+  target_link_libraries(_gpu PRIVATE hvd_backup_gpu hvd_backup_nccl)
   list(JOIN CMAKE_CUDA_ARCHITECTURES ", " gpu_library)
   set(gpu_library "CUDA ${CMAKE_CUDA_COMPILER_VERSION}, for ${gpu_library}")
 endif()

@@ -1,12 +1,29 @@
 """The GPU library (csrc/gpu): there only if hvd_backup was built where CUDA's nvcc is.
 
-Each call is one launch (of up to 512 gradients, 1024 sources) on a stream of the caller, and returns before it has run.
-Every address must be one that the GPU can use, and stay valid until the stream has come past it. dtypes are float16,
-bfloat16, float32 and float64. `device` is the number of the GPU, `stream` a cudaStream_t as an integer. Errors are
-RuntimeError, with what CUDA said.
+Each function is one launch (of up to 512 gradients, 1024 sources) on a stream of the caller, and returns before it has
+run. Every address must be one that the GPU can use, and stay valid until the stream has come past it. dtypes are
+float16, bfloat16, float32 and float64. `device` is the number of the GPU, `stream` a cudaStream_t as an integer. Errors
+are RuntimeError, with what CUDA said.
 """
 
 from collections.abc import Sequence
+
+class Device:
+    """A GPU for the core, which uses it with a stream of its own, and with NCCL where that can be loaded.
+
+    It must live until the core does not use its address any more.
+    """
+
+    def __init__(self, device: int, nccl: str = "") -> None:
+        """nccl: a file to load NCCL from where there is none under its usual name (that of PyTorch, once imported)."""
+    @property
+    def address(self) -> int: ...
+    @property
+    def why_no_groups(self) -> str:
+        """Why NCCL cannot be used; empty: it can."""
+    @property
+    def nccl_version(self) -> str:
+        """Such as "2.32.3"; empty if none was found. It may be too old."""
 
 def can_cast(gradient: str, wire: str) -> bool:
     """Whether pack and unpack take these two dtypes.

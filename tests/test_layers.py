@@ -22,7 +22,7 @@ MAY_INCLUDE = {
     "engine": {"base", "control", "transport", "collective", "kernels", "device"},
     "api": {"base", "control", "transport", "collective", "kernels", "device", "engine"},
     "bindings": {"api"},
-    "bindings of the GPU library": {"base", "gpu", "bindings"},
+    "bindings of the GPU library": {"base", "device", "gpu", "bindings"},
 }
 # Control is pure: time and messages come in, messages come out.
 IMPURE = {

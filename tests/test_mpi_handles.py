@@ -5,8 +5,6 @@ tests/mpi_handles.cpp, put in front of MPI, counts them. So a communicator that 
 
 import atexit
 import ctypes
-import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.compiled import shared_library
 from tests.launch import run_ranks, start_ranks
 from tests.rank_main import mark
 
@@ -24,12 +23,8 @@ NOTHING = dict.fromkeys(KINDS, 0)
 @pytest.fixture(scope="module")
 def counting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment in which handles are counted."""
-    library = tmp_path_factory.mktemp("mpi") / "mpi_handles.so"
-    compiler = shutil.which("mpicxx")
-    assert compiler is not None
     source = Path(__file__).with_name("mpi_handles.cpp")
-    subprocess.run([compiler, "-std=c++20", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    return {"LD_PRELOAD": str(library)}
+    return {"LD_PRELOAD": str(shared_library(source, tmp_path_factory.mktemp("mpi")))}
 
 
 def held() -> dict[str, int]:

@@ -57,7 +57,7 @@ SANITIZERS = {
             *("tests/test_messages.py", "tests/test_message_fuzz.py", "tests/test_engine.py"),
             *("tests/test_transport.py", "tests/test_node_exchange.py", "tests/test_collective.py"),
             *("tests/test_control_rules.py", "tests/test_control_policy.py", "tests/test_chooser.py"),
-            *("tests/test_kernels.py", "tests/test_gpu_kernels.py"),
+            *("tests/test_kernels.py", "tests/test_gpu_kernels.py", "tests/test_nccl.py"),
             # Not ranks as processes (MPI's own memory), not 9 GiB, not hundreds of members where a few will do.
             *(
                 "-k",

@@ -6,4 +6,5 @@ NB_MODULE(_core_testing, module) {
   hvd_backup::register_control(module);
   hvd_backup::register_gpu_kernels(module);
   hvd_backup::register_device(module);
+  hvd_backup::register_nccl(module);
 }

@@ -9,5 +9,6 @@ void register_data_plane(nanobind::module_& module);  // kernels, transport, col
 void register_control(nanobind::module_& module);
 void register_gpu_kernels(nanobind::module_& module);
 void register_device(nanobind::module_& module);
+void register_nccl(nanobind::module_& module);
 
 }  // namespace hvd_backup

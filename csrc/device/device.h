@@ -44,7 +44,8 @@ class DeviceGroup {
   virtual void exchange(std::span<const Part> parts) = 0;
 
   // Exchanges that have not ended, end without having done their work, and the group has failed. Returns once what it
-  // has put into the queue does not touch anything any more.
+  // has put into the queue does not touch anything any more: not before what comes before that in the queue has ended.
+  // So of several groups with exchanges that will not end, the one that comes first in the queue is aborted first.
   virtual void abort() = 0;
 };
 

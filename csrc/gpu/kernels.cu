@@ -1,9 +1,7 @@
 // The launches. What a thread does is in move.h and sum.h.
 #include "gpu/kernels.h"
 
-#include <string>
-
-#include "base/error.h"
+#include "gpu/cuda_handle.h"
 #include "gpu/elements.h"
 #include "gpu/launch.h"
 #include "gpu/move.h"
@@ -12,25 +10,6 @@
 namespace hvd_backup::gpu {
 
 namespace {
-
-void check(cudaError_t status, const char* doing) {
-  if (status != cudaSuccess) throw RuntimeFailure(std::string("CUDA: ") + doing + ": " + cudaGetErrorString(status));
-}
-
-// The device of the stream is the current one, until the end of the scope.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "asking for the current device");
-    check(cudaSetDevice(device), "choosing a device");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
 
 __device__ void add_to(Tally* all, Tally mine) {
   constexpr unsigned everybody = 0xffffffff;

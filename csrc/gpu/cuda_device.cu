@@ -1,0 +1,132 @@
+// The queue is one stream; points in streams are events, which are used again and again.
+#include "gpu/cuda_device.h"
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "gpu/cuda_handle.h"
+#include "gpu/kernels.h"
+
+namespace hvd_backup::gpu {
+
+namespace {
+
+// Events of one device that nobody waits for any more. From any thread, with the device as the current one.
+class EventPool {
+ public:
+  Event take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) return {};
+    Event event = std::move(free_.back());
+    free_.pop_back();
+    return event;
+  }
+  void give_back(Event event) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(event));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Event> free_;
+};
+
+class CudaDevice final : public Device {
+ public:
+  CudaDevice(int device, std::shared_ptr<const Nccl> nccl)
+      : device_(device), nccl_(std::move(nccl)), scratch_(stream_.get()) {}
+
+  Ready record(void* stream) override {
+    const OnDevice here(device_);
+    Event event = events_->take();
+    check(cudaEventRecord(event.get(), static_cast<cudaStream_t>(stream)), "recording what a stream has begun");
+    // Who waits does so for what has been recorded by then: the event can be used again at once.
+    const auto give_back = [pool = events_](Event* used) {
+      pool->give_back(std::move(*used));
+      delete used;
+    };
+    return std::shared_ptr<Event>(new Event(std::move(event)), give_back);
+  }
+
+  void wait_for(const Ready& ready) override {
+    const OnDevice here(device_);
+    const auto& event = *static_cast<const Event*>(ready.get());
+    check(cudaStreamWaitEvent(stream_.get(), event.get(), 0), "waiting for a stream");
+  }
+
+  void copy(void* to, const void* from, std::size_t bytes) override {
+    const OnDevice here(device_);
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_.get()), "copying");
+  }
+
+  void sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
+           double scale, std::size_t count) override {
+    gpu::sum(dtype, destination, sources, weights, scale, count, Stream{device_, stream_.get()});
+  }
+
+  std::byte* scratch(std::size_t bytes) override {
+    const OnDevice here(device_);
+    return static_cast<std::byte*>(scratch_.at_least(bytes));
+  }
+
+  Mark mark() override {
+    const OnDevice here(device_);
+    Event event = events_->take();
+    check(cudaEventRecord(event.get(), stream_.get()), "marking a point in the queue");
+    marks_.push_back(std::move(event));
+    return reached_ + marks_.size();
+  }
+
+  bool reached(Mark mark) override {
+    const OnDevice here(device_);
+    while (reached_ < mark && !marks_.empty() && has_ended(marks_.front())) {
+      events_->give_back(std::move(marks_.front()));
+      marks_.pop_front();
+      ++reached_;
+    }
+    return reached_ >= mark;
+  }
+
+  std::string why_no_groups() const override { return nccl_->why_not(); }
+  std::string new_group() override {
+    const OnDevice here(device_);
+    return nccl_->new_group();
+  }
+  std::unique_ptr<DeviceGroup> join(const std::string& group, int member, int members) override {
+    const OnDevice here(device_);
+    return nccl_->join(group, member, members, stream_.get());
+  }
+
+ private:
+  static bool has_ended(const Event& event) {
+    const cudaError_t status = cudaEventQuery(event.get());
+    if (status == cudaErrorNotReady) {
+      cudaGetLastError();  // or the next launch would be blamed for it
+      return false;
+    }
+    check(status, "running what was put into the queue");
+    return true;
+  }
+
+  const int device_;
+  const std::shared_ptr<const Nccl> nccl_;
+  OwnStream stream_;
+  StreamMemory scratch_;
+  const std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
+  std::deque<Event> marks_;  // those that are not known to be reached, in the order of the queue
+  Mark reached_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> make_cuda_device(int device, std::shared_ptr<const Nccl> nccl) {
+  const OnDevice here(device);
+  return std::make_unique<CudaDevice>(device, std::move(nccl));
+}
+
+}  // namespace hvd_backup::gpu

@@ -1,0 +1,111 @@
+// The owners of CUDA's objects, and the one place where its error codes become exceptions.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include <string>
+#include <utility>
+
+#include "base/error.h"
+
+namespace hvd_backup::gpu {
+
+inline void check(cudaError_t status, const char* doing) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would be blamed for it
+  throw RuntimeFailure(std::string("CUDA: ") + doing + ": " + cudaGetErrorString(status));
+}
+
+// A device is the calling thread's current one, until the end of the scope.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "asking for the current device");
+    check(cudaSetDevice(device), "choosing a device");
+  }
+  ~OnDevice() {
+    if (is_used(before_)) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  // In a thread that has never chosen one, the device before is GPU 0. To go back there would take some hundred MB of
+  // it (a context), for each rank of the machine: so to a device that this process does not use we do not go back.
+  static bool is_used(int device) {
+    using GetState = int (*)(int device, unsigned* flags, int* active);
+    static const auto get_state =
+        reinterpret_cast<GetState>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), "cuDevicePrimaryCtxGetState"));
+    unsigned flags = 0;
+    int active = 0;
+    return get_state == nullptr || get_state(device, &flags, &active) != 0 || active != 0;
+  }
+
+  int before_ = 0;
+};
+
+// A stream that does not wait for the default stream, nor that for it, and whose kernels go before others.
+class OwnStream {
+ public:
+  OwnStream() {
+    int lowest = 0, highest = 0;
+    check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "asking for the priorities of streams");
+    check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest), "making a stream");
+  }
+  ~OwnStream() { cudaStreamDestroy(stream_); }  // what is in it still runs
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+class Event {
+ public:
+  Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "making an event"); }
+  ~Event() {
+    if (event_ != nullptr) cudaEventDestroy(event_);
+  }
+  Event(Event&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
+  Event& operator=(Event&& other) noexcept {
+    std::swap(event_, other.event_);
+    return *this;
+  }
+
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// Memory that is taken and given back in the order of a stream, so that nothing has to wait for that: other than with
+// cudaFree, which would wait for an exchange that never ends.
+class StreamMemory {
+ public:
+  explicit StreamMemory(cudaStream_t stream) : stream_(stream) {}
+  ~StreamMemory() {
+    if (data_ != nullptr) cudaFreeAsync(data_, stream_);
+  }
+  StreamMemory(const StreamMemory&) = delete;
+  StreamMemory& operator=(const StreamMemory&) = delete;
+
+  // At least so many bytes, with whatever lies in them.
+  void* at_least(std::size_t bytes) {
+    if (bytes <= size_) return data_;
+    size_ = 0;
+    if (data_ != nullptr) check(cudaFreeAsync(std::exchange(data_, nullptr), stream_), "giving memory back");
+    check(cudaMallocAsync(&data_, bytes, stream_), "taking memory");
+    size_ = bytes;
+    return data_;
+  }
+
+ private:
+  cudaStream_t stream_;
+  void* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace hvd_backup::gpu
