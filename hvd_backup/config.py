@@ -98,6 +98,11 @@ class Config:
         60.0, "after so many seconds without progress rank 0 says who waits for whom; 0: never", values_of.seconds,
         horovod="HOROVOD_STALL_CHECK_TIME_SECONDS",
     )  # fmt: skip
+    data_plane: str = _option(
+        "auto", "gradients on GPUs go from GPU to GPU (`nccl`) or through host memory (`host`); `auto`: the first that can",
+        values_of.one_of("auto", "nccl", "host"),
+    )  # fmt: skip
+    nccl_library: str = _option("", "NCCL's library (libnccl.so.2), where it is not found by name", values_of.path)
     delay: str = _option("", "artificial delays, such as `rank=3,ms=200,p=0.3` (hvd_backup.faults)", values_of.delay)
     horovod: str = _option(
         "auto",

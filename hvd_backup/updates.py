@@ -102,6 +102,7 @@ class UpdateStream:
         self._contributing = False
         self._own: Update | None = None
         self._holds = False
+        self._on_device = False
         self._caught_up = 0
         self._resynced = 0  # likewise: updates of which the last step has taken over the outcome
         self._resynced_before = 0  # the channel's counter, before the last step
@@ -110,7 +111,7 @@ class UpdateStream:
 
     # --- opening ---
 
-    def open(self, description: Sequence[str], proposal: bytes, update_bytes: int) -> bytes:
+    def open(self, description: Sequence[str], proposal: bytes, update_bytes: int, on_device: bool = False) -> bytes:
         """Opens the channel; returns the proposal that all ranks use.
 
         Waits for all ranks, so that differences are found before the first step, unless another optimizer is at work:
@@ -120,6 +121,7 @@ class UpdateStream:
             description: lines that must be equal on all ranks, besides policy and metrics.
             proposal: anything; all ranks get that of the lowest rank.
             update_bytes: bytes of one update.
+            on_device: gradients are handed over on the GPU that the engine uses.
 
         Raises:
             HvdBackupError: on every rank, when the descriptions differ; names the first difference and the ranks.
@@ -140,7 +142,9 @@ class UpdateStream:
             automatic=self.policy.automatic,
             drop_nonfinite=self.policy.nonfinite == "drop",
             resync=self.policy.on_max_lag == "resync",
+            on_device=on_device,
         )
+        self._on_device = on_device
         return self.channel.proposal
 
     def set_layout(self, buckets: Sequence[tuple[int, str]], results: Sequence[int], buffers: object) -> None:
@@ -158,7 +162,9 @@ class UpdateStream:
         self._gradient_scopes = len(layout) if per_bucket else 1
         if self._metrics.elements:
             layout.append((self._metrics.elements, "float64"))
-        self.opened.set_layout(layout, list(range(len(layout))) if per_bucket else [0] * len(layout))
+        scopes = list(range(len(layout))) if per_bucket else [0] * len(layout)
+        on_device = [self._on_device and b < self._gradient_buckets for b in range(len(layout))]
+        self.opened.set_layout(layout, scopes, on_device)
         self.opened.measure(self._gradient_buckets)
         self.last_update = no_update_yet(self._metrics.names)
         self.set_results(results)
@@ -264,9 +270,22 @@ class UpdateStream:
             self.opened.begin(self._samples, metadata())
             self._contributing = True
 
-    def submit(self, bucket: int, contribution: int, result: int) -> None:
-        """Hands over a bucket of gradients, by address."""
-        self.opened.submit(bucket, contribution, result)
+    def submit(
+        self, bucket: int, contribution: int, result: int, on_device: tuple[int, int, int] | None = None
+    ) -> None:
+        """Hands over a bucket of gradients, by address.
+
+        on_device: where it lies on the GPU: contribution, result, and the stream that makes the contribution.
+        """
+        if on_device is None:
+            self.opened.submit(bucket, contribution, result)
+        else:
+            self.opened.submit_on_device(bucket, contribution, result, *on_device)
+
+    @property
+    def loads_own(self) -> bool:
+        """Whether the update that the framework is to load is one that this rank has contributed to, in all buckets."""
+        return self._own is not None
 
     def catch_up(self) -> list[bool]:
         """Applies all missed updates, and loads the one that the gradient handed over is part of, if it is.

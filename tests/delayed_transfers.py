@@ -43,8 +43,12 @@ class HostLibrary:
 class DelayedTransfers:
     """See Transfers. Counts what was asked for."""
 
-    def __init__(self, seed: int = 0, streams: int = 2) -> None:
-        """streams: the caller's work goes to one of so many, another one each time that it is asked."""
+    def __init__(self, seed: int = 0, streams: int = 2, device: Any = None) -> None:
+        """streams: the caller's work goes to one of so many, another one each time that it is asked.
+
+        device: as the engine uses it (_core_testing.HostDevice); None: it cannot.
+        """
+        self.device = device
         self.sent = self.loaded = self.fused = 0
         self.ungathered: set[int] = set()  # streams whose work the next copy would not wait for
         self._rng = Random(seed)
@@ -59,6 +63,12 @@ class DelayedTransfers:
         self._current = (self._current + 1) % self._streams
         self.ungathered.add(self._current)
         return self._current
+
+    def stream_address(self) -> int:
+        return 0
+
+    def engine_device(self, nccl_library: str) -> Any:
+        return self.device
 
     def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         self.ungathered -= set(streams)  # type: ignore[arg-type]

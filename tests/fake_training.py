@@ -48,7 +48,8 @@ class FakeChannel:
         step = self.step + sum(update.kind == "update" for update in self.script)
         self.script.append(FakeUpdate(step=step, contributors=[list(contributors or (1, 2, 3))]))
 
-    def set_layout(self, buckets: list[tuple[int, str]], scopes: list[int]) -> None:
+    def set_layout(self, buckets: list[tuple[int, str]], scopes: list[int], on_device: list[bool]) -> None:
+        assert not any(on_device)
         self.log.append(("set_layout", buckets, scopes))
 
     def measure(self, buckets: int) -> None:

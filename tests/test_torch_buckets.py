@@ -104,7 +104,7 @@ def test_gradients_go_in_and_results_come_out(show: bool) -> None:
         complete = []
         for index in range(len(parameters)):
             buckets.pack(index, show)
-            complete += [number for number, _, _ in buckets.take_sent(wait=False)]
+            complete += [number for number, *_ in buckets.take_sent(wait=False)]
         assert sorted(complete) == list(range(len(buckets.all))), step
         for bucket in buckets.all:
             for slot, index in enumerate(bucket.members):
@@ -113,7 +113,7 @@ def test_gradients_go_in_and_results_come_out(show: bool) -> None:
                 assert shown == (show and index != 1)
             bucket.result.copy_(bucket.contribution * 2)
         addresses = buckets.result_addresses()
-        buckets.show_results(0.25, [True] * len(buckets.all))
+        buckets.show_results(0.25, [True] * len(buckets.all), own=True)
         for parameter, gradient in zip(parameters, given_gradients, strict=True):
             assert torch.equal(parameter.grad, gradient / 2)  # type: ignore[arg-type]
         versions = buckets.result_versions()
@@ -126,7 +126,7 @@ def test_gradients_go_in_and_results_come_out(show: bool) -> None:
         assert set(addresses).isdisjoint(buckets.result_addresses())
     contributed = [view for bucket in buckets.all for view in bucket.contribution_views]
     assert any(parameters[0].grad is view for view in contributed)  # accumulating in place would need no copy
-    buckets.show_results(1.0, [False] * len(buckets.all))
+    buckets.show_results(1.0, [False] * len(buckets.all), own=False)
     assert all(parameter.grad.abs().sum() == 0 for parameter in parameters)  # type: ignore[union-attr]
     buckets.show_zeros()
     assert all(parameter.grad.abs().sum() == 0 for parameter in parameters)  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hvd_backup.torch as hvd
 from hvd_backup import faults
+from hvd_backup._core_testing import HostDevice
 from tests.delayed_transfers import DelayedTransfers, HostLibrary, use
 from tests.launch import run_ranks
 from tests.torch_training import batch, digest, loss_of, make_model
@@ -374,15 +375,27 @@ COMPARED = [
 ]
 
 
-def run_cases(names: list[str], staged: bool = False) -> dict[str, dict[str, Any]]:
-    """staged: on some ranks gradients travel as if they lay on a GPU."""
+# How gradients travel on each rank: "host": as if they lay on a GPU, with the GPU library or without it; "direct": the
+# engine has the GPU, and exchanges data with those of the others that have.
+PLANES = {
+    "on the CPU": ("", "", "", ""),
+    "half of them through host memory": ("", "host", "", "host without the library"),
+    "all from GPU to GPU": ("direct", "direct", "direct", "direct"),
+    "all but one from GPU to GPU": ("direct", "direct", "host", "direct"),
+}
+
+
+def run_cases(names: list[str], planes: str = "on the CPU", folder: str = "") -> dict[str, dict[str, Any]]:
+    """folder: where stand-ins for GPUs exchange data."""
     faults.inject(
         faults.Delay(rank="rotate:5", ms=9, p=0.6, seed=1),
         faults.Delay(rank="*", ms=3, p=0.3, distribution="exponential", seed=2),
     )
     hvd.init()
-    if staged and hvd.rank() % 2:
-        use(DelayedTransfers(), library=HostLibrary if hvd.rank() == 1 else None)
+    plane = PLANES[planes][hvd.rank()]
+    device = HostDevice(folder, hvd.rank() + 1) if plane == "direct" else None
+    if plane:
+        use(DelayedTransfers(device=device), library=None if "without" in plane else HostLibrary)
     outcomes = {}
     for name in names:
         case = Case(name)
@@ -395,6 +408,7 @@ def run_cases(names: list[str], staged: bool = False) -> dict[str, dict[str, Any
             reference.options["backup_workers"] = 0
             outcomes[name]["error with b = 0"] = reference.run()["error"]
             hvd.barrier()
+        outcomes[name]["exchanges"] = 0 if device is None else device.exchanges
     return outcomes
 
 
@@ -429,17 +443,26 @@ STAGED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def staged_outcomes() -> list[dict[str, dict[str, Any]]]:
-    """The same where half of the ranks have their gradients on a stand-in for a GPU (test_torch_staging.py)."""
-    return run_ranks(4, run_cases, [STAGED, True], timeout_s=240)
+@pytest.fixture(scope="module", params=list(PLANES)[1:])
+def outcomes_on_gpus(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, dict[str, Any]]]:
+    """The same where gradients lie on stand-ins for GPUs (test_torch_staging.py, test_engine_device.py)."""
+    return run_ranks(4, run_cases, [STAGED, request.param, str(tmp_path_factory.mktemp("gpus"))], timeout_s=240)
 
 
 @pytest.mark.parametrize("name", STAGED)
-def test_ranks_with_and_without_a_gpu_end_with_the_same_bits(
-    name: str, staged_outcomes: list[dict[str, dict[str, Any]]]
+def test_gradients_on_gpus_end_with_the_same_bits_on_all_ranks(
+    name: str, outcomes_on_gpus: list[dict[str, dict[str, Any]]]
 ) -> None:
-    check_same(name, staged_outcomes)
+    check_same(name, outcomes_on_gpus)
+
+
+def test_gpus_have_exchanged_data(outcomes_on_gpus: list[dict[str, dict[str, Any]]], request: Any) -> None:
+    planes = PLANES[request.node.callspec.params["outcomes_on_gpus"]]
+    for rank, plane in enumerate(planes):
+        exchanges = max(outcome["exchanges"] for outcome in outcomes_on_gpus[rank].values())
+        assert (exchanges > 100) == (set(planes) == {"direct"}), (rank, plane, exchanges)
 
 
 @pytest.mark.parametrize("name", COMPARED)

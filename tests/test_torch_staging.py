@@ -47,7 +47,7 @@ def test_a_contribution_is_in_host_memory_when_it_is_said_to_be(transfers: Delay
     assert bucket.sent.isnan().all()
     while not (sent := list(buckets.take_sent(wait=False))):
         assert bucket.sent.isnan().all()
-    assert sent == [(0, bucket.sent.data_ptr(), bucket.received.data_ptr())]
+    assert sent == [(0, bucket.sent.data_ptr(), bucket.received.data_ptr(), None)]
     assert bucket.sent.tolist() == [2.0] * 4 + [4.0] * 3
     assert list(buckets.take_sent(wait=True)) == [], "it is handed over once"
 
@@ -64,7 +64,7 @@ def test_a_result_comes_back_and_stays_until_it_is_loaded(transfers: DelayedTran
     (bucket,) = buckets.all
     bucket.is_sent(wait=True)
     bucket.received.copy_(torch.arange(8.0))
-    buckets.show_results(0.5, [True])
+    buckets.show_results(0.5, [True], own=True)
     assert [parameter.grad.tolist() for parameter in parameters] == [[0.0, 0.5, 1.0, 1.5], [[2.0, 2.5], [3.0, 3.5]]]
     bucket.received.zero_()
     with pytest.raises(AssertionError, match="has changed before"):
@@ -77,7 +77,7 @@ def test_what_the_user_makes_of_a_result_is_what_late_ranks_get(transfers: Delay
     (bucket,) = buckets.all
     bucket.is_sent(wait=True)
     bucket.received.copy_(torch.arange(6.0))
-    buckets.show_results(1.0, [True])
+    buckets.show_results(1.0, [True], own=True)
     buckets.results_loaded()
     parameters[0].grad = torch.tensor([6.0, 7.0, 8.0, 9.0])
     parameters[1].grad.mul_(10.0)

@@ -20,6 +20,7 @@ from hvd_backup.context import Context
 from hvd_backup.errors import UsageError
 from hvd_backup.keras.updates import Appliable, KerasUpdates, UpdateOptions, name_of
 from hvd_backup.policy import Policy
+from hvd_backup.torch import data_plane
 from hvd_backup.torch.buckets import Buckets, gradients_kept
 from hvd_backup.torch.staging import DTYPES, is_supported
 from hvd_backup.training import Training
@@ -65,16 +66,18 @@ class TorchUpdates(KerasUpdates):
         parameters = [variable.value for variable in variables]
         backwards = list(reversed(range(len(parameters))))
         options = self._options
+        direct = data_plane.engage(self._place, self.training.policy, parameters)
         buckets = Buckets(
             parameters,
             backwards,
             options.bucket_bytes,
             compression=options.compression,
             prescale=options.prescale,
+            direct=direct,
         )
         told = [(tuple(parameter.shape), DTYPES[parameter.dtype]) for parameter in parameters]
         update_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        self.training.open(self._describe(variables, told), b"", update_bytes)
+        self.training.open(self._describe(variables, told), b"", update_bytes, direct)
         self.training.set_layout(buckets.layout(), buckets.result_addresses(), buckets)
         self._variables, self._parameters, self._buckets = variables, parameters, buckets
 
@@ -103,7 +106,7 @@ class TorchUpdates(KerasUpdates):
         assert self._buckets is not None
         if metadata:
             self._optimizer._learning_rate_variable().assign(json.loads(metadata)["learning_rate"])
-        self._buckets.show_results(1.0 if settled else self._options.postscale, filled)
+        self._buckets.show_results(1.0 if settled else self._options.postscale, filled, self.training.loads_own)
 
     def settle(self) -> None:
         """See Framework."""

@@ -59,8 +59,11 @@ class Bucket:
         unpacked: how many gradients of the next contribution are not there yet.
     """
 
-    def __init__(self, members: list[int], parameters: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, members: list[int], parameters: Sequence[torch.Tensor], dtype: torch.dtype, direct: bool
+    ) -> None:
         self.members = members
+        self._direct = direct
         self._device = parameters[members[0]].device
         self._transfers = staging.transfers_of(self._device)
         step = PLACE_BYTES // dtype.itemsize
@@ -78,6 +81,7 @@ class Bucket:
         self._packed_on: set[Hashable] = set()  # streams
         self._packing = staging.Packing()  # not yet in the contribution
         self._sending: staging.Copy | None = None
+        self._sent_on = 0
         self._loading: staging.Copy | None = None
 
     def _buffers(self, elements: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +128,7 @@ class Bucket:
         self.sent, self.received = self.received, self.sent
 
     def send(self, prescale: float) -> None:
-        """Scales what has been packed, adds what was dropped before, and starts on its way to `sent`."""
+        """Scales what has been packed, adds what was dropped before, and starts on its way to the engine."""
         if self._transfers is not None:
             self._transfers.gather(self._packed_on, self._packing.tensors())
             self._transfers.pack(self._packing, self.contribution, prescale)
@@ -133,11 +137,18 @@ class Bucket:
             self.contribution.mul_(prescale)
         if self.residual is not None:
             self.contribution.add_(self.residual)
-        if self._transfers is not None:
+        if self._direct:
+            assert self._transfers is not None
+            self._sent_on = self._transfers.stream_address()
+        elif self._transfers is not None:
             self._sending = self._transfers.to_host(self.contribution, self.sent)
 
+    def on_device(self) -> tuple[int, int, int] | None:
+        """Address of the contribution, address for the result, and the stream, if the engine gets them on the GPU."""
+        return (self.contribution.data_ptr(), self.result.data_ptr(), self._sent_on) if self._direct else None
+
     def is_sent(self, wait: bool) -> bool:
-        """Whether `sent` holds the contribution. wait: until it does."""
+        """Whether the engine may have it. wait: until it may."""
         if self._sending is not None and wait:
             self._sending.wait()
         if self._sending is not None and not self._sending.ended():
@@ -145,9 +156,12 @@ class Bucket:
         self._sending = None
         return True
 
-    def load(self) -> None:
-        """What was `received` becomes the result; it must not change before `loaded`."""
-        if self._transfers is not None:
+    def load(self, own: bool) -> None:
+        """What was `received` becomes the result; it must not change before `loaded`.
+
+        own: of an update that this rank has contributed to.
+        """
+        if self._transfers is not None and not (self._direct and own):
             self._loading = self._transfers.to_device(self.received, self.result)
 
     def loaded(self) -> None:
@@ -181,6 +195,7 @@ class Buckets:
         compression: see `Wire`.
         sparse: the sparse dimensions of those gradients that are sparse, by index.
         prescale: a factor for what is sent.
+        direct: the engine gets contributions on the GPU, and leaves there the results of updates with one.
     """
 
     def __init__(
@@ -192,10 +207,11 @@ class Buckets:
         compression: Any = NoneCompressor,
         sparse: Mapping[int, int] | None = None,
         prescale: float = 1.0,
+        direct: bool = False,
     ) -> None:
         self._wires = [Wire(p, compression, (sparse or {}).get(i, 0)) for i, p in enumerate(parameters)]
         planned = plan(parameters, order, bucket_bytes, groups)
-        self.all = [Bucket(members, parameters, self._wires[members[0]].dtype) for members in planned]
+        self.all = [Bucket(members, parameters, self._wires[members[0]].dtype, direct) for members in planned]
         self._parameters = parameters
         self._prescale = prescale
         self._shown: list[torch.Tensor | None] = [None] * len(parameters)
@@ -232,19 +248,20 @@ class Buckets:
             bucket.send(self._prescale)
             self._sending.append(number)
 
-    def take_sent(self, wait: bool) -> Iterator[tuple[int, int, int]]:
+    def take_sent(self, wait: bool) -> Iterator[tuple[int, int, int, tuple[int, int, int] | None]]:
         """Those that the engine can read by now, once, in the order in which they were sent.
 
         Args:
             wait: for all.
 
         Yields:
-            Number of the bucket, address of the contribution, address for the result.
+            Number of the bucket, address of the contribution, address for the result; and where it lies on the GPU, if
+            the engine is to get it there: see Bucket.on_device.
         """
         while self._sending and self.all[self._sending[0]].is_sent(wait):
             number = self._sending.popleft()
             bucket = self.all[number]
-            yield number, bucket.sent.data_ptr(), bucket.received.data_ptr()
+            yield number, bucket.sent.data_ptr(), bucket.received.data_ptr(), bucket.on_device()
 
     def start_afresh(self) -> None:
         """Nothing of the next contribution is there yet."""
@@ -252,13 +269,16 @@ class Buckets:
         for bucket in self.all:
             bucket.start_afresh()
 
-    def show_results(self, postscale: float, filled: list[bool]) -> None:
-        """Makes p.grad show the results, times `postscale`; zeros in a bucket that is not `filled`."""
+    def show_results(self, postscale: float, filled: list[bool], own: bool) -> None:
+        """Makes p.grad show the results, times `postscale`; zeros in a bucket that is not `filled`.
+
+        own: of an update that this rank has contributed to.
+        """
         for bucket, has_result in zip(self.all, filled, strict=True):
             if not has_result:
                 bucket.result.zero_()
             else:
-                bucket.load()
+                bucket.load(own)
                 if postscale != 1.0:
                     bucket.result.mul_(postscale)
             for index, view in zip(bucket.members, bucket.result_views, strict=True):

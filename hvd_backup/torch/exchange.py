@@ -22,7 +22,7 @@ from hvd_backup.context import Context
 from hvd_backup.errors import UsageError
 from hvd_backup.policy import Policy
 from hvd_backup.resync import PackedState, pack, unpack
-from hvd_backup.torch import hyperparameters, resync
+from hvd_backup.torch import data_plane, hyperparameters, resync
 from hvd_backup.torch.buckets import Buckets, gradients_kept
 from hvd_backup.torch.memory import checksum_of
 from hvd_backup.torch.resync import TorchArrays
@@ -260,7 +260,8 @@ class GradientExchange:
         holds = self._for_user and policy.may_leave_out and policy.scope == "step"
         proposal = json.dumps({"order": order, "sparse": list(sparse.items()), "holds": holds}).encode()
         update_bytes = sum(p.numel() * p.element_size() for p in self._parameters)
-        agreed = json.loads(self.training.open(self._description(), proposal, update_bytes))
+        direct = data_plane.engage(self._place, policy, self._parameters)
+        agreed = json.loads(self.training.open(self._description(), proposal, update_bytes, direct))
         options = self._options
         buckets = Buckets(
             self._parameters,
@@ -270,6 +271,7 @@ class GradientExchange:
             options.compression,
             dict(agreed["sparse"]),
             options.prescale,
+            direct,
         )
         if agreed["holds"]:
             self.training.hold()
@@ -286,7 +288,7 @@ class GradientExchange:
         assert self._buckets is not None
         if metadata:
             hyperparameters.install(self._optimizer.param_groups, hyperparameters.decode(metadata))
-        self._buckets.show_results(1.0 if settled else self._options.postscale, filled)
+        self._buckets.show_results(1.0 if settled else self._options.postscale, filled, self.training.loads_own)
         if self._scaler is not None:
             if not settled:
                 self._scaler.unscale()

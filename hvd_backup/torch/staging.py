@@ -6,6 +6,9 @@ A bucket is packed, scaled and cast by one launch of the GPU library (hvd_backup
 if hvd_backup was built without it. Copies go over a stream of our own, which waits for what produced the data; whoever
 uses a result on the GPU waits for the copy there. The host waits in two places only: a contribution is handed to the
 engine when it has arrived in host memory, and the next result is asked for when the last one has left it.
+
+Or the engine gets contributions on the GPU, and leaves results there (data_plane.py): then only updates that a rank has
+missed come through host memory.
 """
 
 from __future__ import annotations
@@ -57,6 +60,15 @@ class Transfers(Protocol):
 
     def stream(self) -> Hashable:
         """Where the caller's work on the device goes now."""
+
+    def stream_address(self) -> int:
+        """The same, for the engine."""
+
+    def engine_device(self, nccl_library: str) -> Any:
+        """The device as the engine uses it (`_gpu.Device`); None: it cannot.
+
+        nccl_library: where NCCL is, if it is not found by name.
+        """
 
     def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         """What the caller does next comes after what was begun on these streams, which made these tensors."""
@@ -161,7 +173,8 @@ class CudaTransfers:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._gpu = library_for(device, torch.cuda.current_stream(device).cuda_stream)
+        self._gpu = library_for(device, self.stream_address())
+        self._engine_device: Any = None
 
     def host_memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """See Transfers."""
@@ -171,6 +184,16 @@ class CudaTransfers:
     def stream(self) -> Hashable:
         """See Transfers."""
         return torch.cuda.current_stream(self._device)
+
+    def stream_address(self) -> int:
+        """See Transfers."""
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    def engine_device(self, nccl_library: str) -> Any:
+        """See Transfers."""
+        if self._engine_device is None and self._gpu is not None:
+            self._engine_device = self._gpu.Device(self._device.index, nccl_library)
+        return self._engine_device
 
     def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         """See Transfers."""
@@ -183,7 +206,7 @@ class CudaTransfers:
 
     def pack(self, packing: Packing, bucket: torch.Tensor, scale: float) -> None:
         """See Transfers."""
-        if not packing.fused(self._gpu, bucket, scale, torch.cuda.current_stream(self._device).cuda_stream):
+        if not packing.fused(self._gpu, bucket, scale, self.stream_address()):
             packing.write(bucket, scale)
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> Copy:

@@ -1,0 +1,66 @@
+"""Whether the gradients of an optimizer go from GPU to GPU (NCCL), or through host memory.
+
+Where they can, the engine gets them where they are, and all ranks that can form a group: csrc/control/device_groups.h.
+What a group cannot serve, or not yet, goes through host memory all the same, to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hvd_backup.context import Context
+from hvd_backup.errors import ConfigError
+from hvd_backup.policy import Policy
+from hvd_backup.torch import staging
+
+__all__ = ["engage", "why_not_direct"]
+
+
+def engage(place: Context, policy: Policy, parameters: Sequence[torch.Tensor]) -> bool:
+    """Whether the engine is to get the gradients of these parameters on their GPU, which it uses from now on.
+
+    Raises:
+        ConfigError: they cannot be exchanged between GPUs, but HVD_BACKUP_DATA_PLANE asks for it.
+    """
+    plane = place.config.data_plane
+    if plane == "host" or place.size == 1:
+        return False
+    why_not = _why_not(place, policy, parameters)
+    if why_not and plane == "nccl":
+        raise ConfigError(
+            f"HVD_BACKUP_DATA_PLANE=nccl on rank {place.rank}: {why_not}. With 'auto' or 'host' gradients go through "
+            "host memory"
+        )
+    return not why_not
+
+
+def why_not_direct(device: torch.device, nccl_library: str) -> str:
+    """Why no data can go from this device to others' GPUs directly; empty: it can."""
+    transfers = staging.transfers_of(device)
+    if transfers is None:
+        return "the parameters are on the CPU"
+    gpu = transfers.engine_device(nccl_library)
+    return "hvd_backup was built without the GPU library (nvcc)" if gpu is None else str(gpu.why_no_groups)
+
+
+def _why_not(place: Context, policy: Policy, parameters: Sequence[torch.Tensor]) -> str:
+    if not policy.may_leave_out:
+        return "without backup workers, of which no rank could be left out if one stopped amid an exchange"
+    if policy.scope == "bucket":
+        return "scope='bucket' decides for each bucket by itself, which goes through host memory"
+    if policy.nonfinite == "drop":
+        return "nonfinite='drop' looks at gradients in host memory"
+    devices = {parameter.device for parameter in parameters}
+    if len(devices) > 1:
+        return f"the parameters are on {', '.join(sorted(map(str, devices)))}: one GPU for each optimizer"
+    (device,) = devices
+    if why_not := why_not_direct(device, place.config.nccl_library):
+        return why_not
+    transfers = staging.transfers_of(device)
+    assert transfers is not None
+    gpu = transfers.engine_device(place.config.nccl_library)
+    if place.engine.device is None:
+        place.engine.use_device(gpu)
+    return "" if place.engine.device is gpu else "another optimizer of this rank is on another GPU"
