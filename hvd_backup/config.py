@@ -99,7 +99,7 @@ class Config:
         horovod="HOROVOD_STALL_CHECK_TIME_SECONDS",
     )  # fmt: skip
     data_plane: str = _option(
-        "auto", "gradients on GPUs go from GPU to GPU (`nccl`) or through host memory (`host`); `auto`: the first that can",
+        "auto", "gradients on GPUs travel by `nccl`, or through `host` memory; `auto`: by NCCL where that can be",
         values_of.one_of("auto", "nccl", "host"),
     )  # fmt: skip
     nccl_library: str = _option("", "NCCL's library (libnccl.so.2), where it is not found by name", values_of.path)

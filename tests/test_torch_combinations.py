@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from hvd_backup._core_testing import HostDevice
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hvd_backup.torch as hvd
 from hvd_backup import faults
-from hvd_backup._core_testing import HostDevice
 from tests.delayed_transfers import DelayedTransfers, HostLibrary, use
 from tests.launch import run_ranks
 from tests.torch_training import batch, digest, loss_of, make_model

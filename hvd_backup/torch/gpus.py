@@ -4,22 +4,33 @@ from collections import Counter
 
 import torch
 
-from hvd_backup.torch import staging
+from hvd_backup.config import Config
+from hvd_backup.torch import data_plane, staging
 from hvd_backup.torch.horovod_names import HOROVOD
 
 __all__ = ["facts"]
+
+
+def _data_plane() -> str:
+    config = Config.from_environment()
+    if config.data_plane == "host":
+        return "through pinned host memory (HVD_BACKUP_DATA_PLANE=host)"
+    device = torch.device("cuda", torch.cuda.current_device())
+    if why_not := data_plane.why_not_direct(device, config.nccl_library):
+        return f"through pinned host memory: {why_not}"
+    transfers = staging.transfers_of(device)
+    assert transfers is not None
+    return f"from GPU to GPU, by NCCL {transfers.engine_device(config.nccl_library).nccl_version}"
 
 
 def facts() -> list[tuple[str, str]]:
     """What there is, and in words what it is: the GPUs, and how gradients on them travel."""
     if not torch.cuda.is_available():
         return [("GPU", "none that PyTorch can use")]
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     packed = "one launch of the GPU library" if staging.library() else "PyTorch's operations: built without nvcc"
     return [
         ("GPU", ", ".join(f"{count} x {name}" for name, count in names.items())),
-        ("NCCL", f"{nccl}, not used"),
-        ("GPU gradients", f"through pinned host memory; buckets packed by {packed}"),
+        ("GPU gradients", f"{_data_plane()}; buckets packed by {packed}"),
         ("GPU, b = 0", "Horovod's own optimizer" if HOROVOD.usable() else "the same: Horovod cannot be used"),
     ]
