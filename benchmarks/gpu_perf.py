@@ -1,6 +1,6 @@
 """Gradients on a GPU: the GPU library's kernels, collectives of GPU tensors, and a training step with backup workers.
 
-    python benchmarks/gpu_perf.py [--ranks 2] [--bucket-mib 25 100 400] [--json FILE] [--quick]
+    python benchmarks/gpu_perf.py [--ranks 4] [--bucket-mib 25 100 400] [--json FILE] [--quick]
 
 Needs a GPU that PyTorch can use; ranks share it when there are fewer GPUs than ranks.
 
@@ -12,14 +12,17 @@ is verified against float64.
 
 allreduce: microseconds per call of hvd.allreduce of a float32 tensor on the GPU, slowest rank, and of the same tensor
 in host memory, verified. Step: milliseconds per update of a model with the 161 parameters of ResNet-50 (25.6 million)
-in bfloat16, with and without a backup worker, nobody slow and the last rank slower by --straggler-ms; all ranks verify
-that their weights are equal.
+in bfloat16, with and without a backup worker, nobody slow and the last rank slower by --straggler-ms; and without any
+computing, which leaves the data plane. With a backup worker on each data plane that there is (HVD_BACKUP_DATA_PLANE);
+ranks that share a GPU use NCCL only if it is told that they may (2.29 or later). All ranks verify that their weights are
+equal.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import sys
 import time
@@ -31,7 +34,7 @@ from mpi4py import MPI
 
 import hvd_backup.torch as hvd
 import measurement
-from hvd_backup.torch import staging
+from hvd_backup.torch import data_plane, staging
 
 Job = Callable[[], object]
 
@@ -232,13 +235,28 @@ class Weighing(torch.autograd.Function):
         return grads[0], weight * 0.01 + 1e-3
 
 
-def step_ms(comm: MPI.Intracomm, backup_workers: int, straggler_ms: float, steps: int, compute_ms: float) -> float:
+def planes_here(comm: MPI.Intracomm) -> list[str]:
+    """The values of HVD_BACKUP_DATA_PLANE that can be used on all ranks."""
+    why_not = data_plane.why_not_direct(torch.device("cuda", torch.cuda.current_device()), "")
+    told = [text for text in comm.allgather(why_not) if text]
+    if told and comm.rank == 0:
+        print(f"not from GPU to GPU: {told[0]}")
+    return ["host"] if told else ["host", "nccl"]
+
+
+def step_ms(
+    comm: MPI.Intracomm, plane: str, backup_workers: int, straggler_ms: float, steps: int, compute_ms: float
+) -> float:
     """Median milliseconds per update on rank 0, a straggler or none; raises if the ranks' weights differ."""
+    hvd.shutdown()
+    os.environ["HVD_BACKUP_DATA_PLANE"] = plane
+    hvd.init()
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(size, device="cuda").bfloat16()) for size in resnet50_sizes()]
     named = [(f"layer{index}", weight) for index, weight in enumerate(weights)]
     plain = torch.optim.SGD(weights, lr=0.01, momentum=0.9)
-    optimizer = hvd.DistributedOptimizer(plain, named_parameters=named, backup_workers=backup_workers)
+    options = {"backup_workers": backup_workers, "grace": 0.002}  # nobody is left out for nothing
+    optimizer = hvd.DistributedOptimizer(plain, named_parameters=named, **options)
     ended = []
     for _ in hvd.follow(range(steps), optimizer):
         time.sleep((compute_ms + (straggler_ms if comm.rank == comm.size - 1 else 0.0)) / 1e3)
@@ -253,7 +271,8 @@ def step_ms(comm: MPI.Intracomm, backup_workers: int, straggler_ms: float, steps
     digests = hvd.allgather_object([float(weight.double().sum()) for weight in weights])
     if any(digest != digests[0] for digest in digests):
         raise AssertionError("the weights of the ranks differ")
-    return statistics.median(b - a for a, b in itertools.pairwise(ended[2:])) * 1e3
+    # The second half: by then GPUs are connected.
+    return statistics.median(b - a for a, b in itertools.pairwise(ended[steps // 2 :])) * 1e3
 
 
 def print_kernels(results: Sequence[dict[str, Any]]) -> None:
@@ -282,12 +301,14 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.parse_args()
         sys.exit("gpu_perf: PyTorch finds no GPU here (torch.cuda.is_available() is False), nothing to measure")
-    args = measurement.parse(parser, ranks=2)
+    args = measurement.parse(parser, ranks=4)
     if args.quick:
         args.bucket_mib, args.rounds, args.steps = [1.0, 25.0], 3, 12
     comm = MPI.COMM_WORLD
     hvd.init()
     torch.cuda.set_device(hvd.local_rank() % torch.cuda.device_count())
+    if hvd.local_size() > torch.cuda.device_count():
+        os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     kernels: list[dict[str, Any]] = []
     if comm.rank == 0 and staging.library() is not None:
         for mib in args.bucket_mib:
@@ -303,17 +324,28 @@ def main() -> None:
         for size in sizes
         for device in ("cuda", "cpu")
     ]
-    cases = [(b, late) for b in (0, 1) if b < comm.size for late in (0.0, args.straggler_ms)]
+    loads = [(args.compute_ms, 0.0), (args.compute_ms, args.straggler_ms), (0.0, 0.0)]
+    ways = [("host", 0), *((plane, 1) for plane in planes_here(comm) if comm.size > 1)]
     steps = [
-        {"backup_workers": b, "straggler_ms": late, "ms": step_ms(comm, b, late, args.steps, args.compute_ms)}
-        for b, late in cases
+        {
+            "plane": plane,
+            "backup_workers": b,
+            "compute_ms": compute,
+            "straggler_ms": late,
+            "ms": step_ms(comm, plane, b, late, args.steps, compute),
+        }
+        for plane, b in ways
+        for compute, late in loads
     ]
     if comm.rank == 0:
         rows = [(f"{p['bytes'] / 1024:.0f}", p["device"], f"{p['us']:.0f}") for p in planes]
         measurement.print_table(f"allreduce, {comm.size} ranks", ["size [KiB]", "on", "time [us]"], rows)
-        rows = [(str(s["backup_workers"]), f"{s['straggler_ms']:g}", f"{s['ms']:.1f}") for s in steps]
-        title = f"Update of ResNet-50's size in bfloat16, {comm.size} ranks, computing {args.compute_ms:g} ms"
-        columns = ["b", "last rank late by [ms]", "update [ms]"]
+        rows = [
+            (s["plane"], str(s["backup_workers"]), f"{s['compute_ms']:g}", f"{s['straggler_ms']:g}", f"{s['ms']:.1f}")
+            for s in steps
+        ]
+        title = f"Update of ResNet-50's size in bfloat16, {comm.size} ranks"
+        columns = ["data plane", "b", "computing [ms]", "last rank late by [ms]", "update [ms]"]
         measurement.print_table(title, columns, rows, "Verified: equal weights on all ranks.")
         document = {"kernels": kernels, "allreduce": planes, "steps": steps}
         settings = {**vars(args), "ranks": comm.size, "gpu": torch.cuda.get_device_name()}

@@ -16,6 +16,8 @@ import hvd_backup.torch as hvd
 from hvd_backup import _core_testing as core
 from hvd_backup.torch import staging
 from tests.arithmetic import FLOATS, random_elements, storage
+from tests.launch import start_ranks
+from tests.rank_main import mark
 from tests.test_gpu_kernels import CASTS
 from tests.torch_training import batch, digest, loss_of, make_model
 
@@ -122,3 +124,38 @@ def test_i1_training_on_a_gpu_that_ranks_share(where: str, compression: str) -> 
     digests = hvd.allgather_object(digest(model, optimizer))
     assert all(each == digests[0] for each in digests)
     assert optimizer.global_step == 60
+
+
+def train_from_gpu_to_gpu(steps: int) -> dict[str, Any]:
+    hvd.init()
+    torch.cuda.set_device(hvd.local_rank() % torch.cuda.device_count())
+    torch.manual_seed(0)
+    model = make_model().cuda()
+    optimizer = hvd.DistributedOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), backup_workers=1, grace=0.005)
+    rng = random.Random(os.getpid())
+    for _ in hvd.follow(range(steps), optimizer):
+        time.sleep(rng.choice([0.005, 0.005, 0.01, 0.05]))
+        optimizer.zero_grad()
+        loss_of(model, tuple(x.cuda() for x in batch(hvd.rank(), optimizer.global_step))).backward()
+        optimizer.step()
+        if optimizer.global_step > steps // 4:
+            mark("trains")
+    torch.cuda.synchronize()
+    return {"digest": digest(model, optimizer), "step": optimizer.global_step, "caught_up": optimizer.counters()}
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_i1_i4_training_from_gpu_to_gpu_by_nccl(stops: bool) -> None:
+    """On one GPU, if there are no more: NCCL 2.29 or later can. One process may be stopped: the others go on."""
+    env = {"HVD_BACKUP_DATA_PLANE": "nccl", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    with start_ranks(4, train_from_gpu_to_gpu, [400], env=env, timeout_s=300) as job:
+        if stops:
+            job.wait_for_mark(0, "trains", timeout_s=200)
+            job.stop(3)
+            time.sleep(2.0)
+            job.resume(3)
+        outcome = job.wait()
+    values = outcome.values()
+    assert "exchange data directly (NCCL)" in outcome.ranks[0].output, outcome.describe()
+    assert len({value["digest"] for value in values}) == 1
+    assert [value["step"] for value in values] == [400] * 4
