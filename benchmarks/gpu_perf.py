@@ -14,8 +14,8 @@ allreduce: microseconds per call of hvd.allreduce of a float32 tensor on the GPU
 in host memory, verified. Step: milliseconds per update of a model with the 161 parameters of ResNet-50 (25.6 million)
 in bfloat16, with and without a backup worker, nobody slow and the last rank slower by --straggler-ms; and without any
 computing, which leaves the data plane. With a backup worker on each data plane that there is (HVD_BACKUP_DATA_PLANE);
-ranks that share a GPU use NCCL only if it is told that they may (2.29 or later). All ranks verify that their weights are
-equal.
+ranks that share a GPU use NCCL only if it is told that they may (2.29 or later). All ranks verify that their weights
+are equal.
 """
 
 from __future__ import annotations

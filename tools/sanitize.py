@@ -58,6 +58,7 @@ SANITIZERS = {
             *("tests/test_transport.py", "tests/test_node_exchange.py", "tests/test_collective.py"),
             *("tests/test_control_rules.py", "tests/test_control_policy.py", "tests/test_chooser.py"),
             *("tests/test_kernels.py", "tests/test_gpu_kernels.py", "tests/test_nccl.py"),
+            *("tests/test_engine_device.py", "tests/test_device_groups.py"),
             # Not ranks as processes (MPI's own memory), not 9 GiB, not hundreds of members where a few will do.
             *(
                 "-k",
@@ -69,7 +70,7 @@ SANITIZERS = {
         # -Wno-tsan: TSan does not understand the fence in node_exchange.cpp, which synchronises processes, not threads.
         flags="-O1 -fsanitize=thread -Wno-tsan",
         preload=("libtsan.so",),
-        modules=("_core",),
+        modules=("_core", "_core_testing"),
         options={
             # What Python and NumPy do themselves (memcpy under the interpreter's lock, say) is not seen as ordered.
             "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1",
@@ -77,7 +78,7 @@ SANITIZERS = {
             "UCX_MEM_MMAP_HOOK_MODE": "none",
             "UCX_MEM_EVENTS": "n",
         },
-        tests=("tests/test_engine.py",),
+        tests=("tests/test_engine.py", "tests/test_engine_device.py"),
     ),
 }
 
