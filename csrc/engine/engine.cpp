@@ -193,7 +193,9 @@ void Engine::submit(Channel& channel, int bucket, const void* contribution, void
 
 void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result, OnDevice on_device,
                     void* stream, bool wait_follows) {
-  on_device.ready = the_device()->device().record(stream);
+  DeviceWork* device = device_in_use_;
+  if (device == nullptr) throw UsageError("'" + channel.name + "': a bucket on a GPU, but none is in use");
+  on_device.ready = device->device().record(stream);
   submit(channel, bucket, contribution, result, on_device, true, wait_follows);
 }
 
@@ -221,6 +223,7 @@ void Engine::use_device(Device& device) {
   check_usable(nullptr);
   if (device_) throw UsageError("rank " + std::to_string(rank_) + " uses a GPU already");
   device_ = std::make_unique<DeviceWork>(device, rank_);
+  device_in_use_ = device_.get();
   if (coordinator_) coordinator_->set_name_group([&device] { return device.new_group(); });
   outgoing_.push_back(CanGroup{device.why_no_groups()});
   wake();

@@ -181,7 +181,6 @@ class Engine {
   void serve(int from, const Pull& pull);
   void serve(int from, const PullState& pull);
   void refused(const Refused& message, TimeUs now);
-  DeviceWork* the_device();
   Channel* find(ChannelId id);
   Channel& known(ChannelId id);
   std::function<Tag()> next_tags();
@@ -213,7 +212,8 @@ class Engine {
   void say(Message message);
   void wake();
 
-  std::unique_ptr<DeviceWork> device_;  // outlives the transport, too, as copies may
+  std::unique_ptr<DeviceWork> device_;               // outlives the transport, too, as copies may
+  std::atomic<DeviceWork*> device_in_use_{nullptr};  // the same, without the mutex
   StagingPool staging_;                 // outlives the transport, whose transfers may use its memory
   std::unique_ptr<Transport> transport_;
   const int process_;  // its number

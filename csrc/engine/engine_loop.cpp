@@ -120,7 +120,8 @@ void Engine::take_turn(Pace& pace) {
   if (stop_) return;
   try {
     pace.worked = turn();
-    pace.pending = transport_->pending() + (the_device() != nullptr ? the_device()->pending() : 0);
+    pace.pending = transport_->pending();
+    if (const DeviceWork* device = device_in_use_) pace.pending += device->pending();
   } catch (const std::exception& error) {
     fail("the engine of rank " + std::to_string(rank_) + " has failed: " + error.what());
     stop_ = true;
@@ -154,7 +155,7 @@ void Engine::rest(std::unique_lock<std::mutex>& lock, std::condition_variable& c
 // One round: completes transfers, takes messages, does what has become possible. True when there was anything.
 bool Engine::turn() {
   bool worked = transport_->progress();
-  if (DeviceWork* device = the_device()) worked = device->progress() || worked;
+  if (DeviceWork* device = device_in_use_) worked = device->progress() || worked;
   const TimeUs now = monotonic_us();
   for (const int rank : transport_->take_lost()) lose(rank, now);
   int from = 0;
@@ -175,12 +176,6 @@ bool Engine::turn() {
   if (work.empty()) return worked;
   carry_out(std::move(work), now);
   return true;
-}
-
-// Null: none is in use.
-DeviceWork* Engine::the_device() {
-  const std::scoped_lock lock(mutex_);
-  return device_.get();
 }
 
 // With the mutex held; null: none that this rank has opened.
