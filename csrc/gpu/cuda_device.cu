@@ -66,7 +66,7 @@ class CudaDevice final : public Device {
 
   void sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
            double scale, std::size_t count) override {
-    gpu::sum(dtype, destination, sources, weights, scale, count, Stream{device_, stream_.get()});
+    gpu::sum(dtype, destination, sources, weights, scale, count, Stream{device_, stream_.get()}, nullptr);
   }
 
   std::byte* scratch(std::size_t bytes) override {
