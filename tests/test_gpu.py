@@ -99,6 +99,16 @@ def test_the_sum_kernel_measures_what_it_sums(dtype: str, spoiled: bool) -> None
         assert norms.tolist() == pytest.approx(expected, rel=1e-9, nan_ok=True)
 
 
+def test_a_device_gives_the_norms_of_each_of_its_sums() -> None:
+    device = library().Device(0)
+    for count in COUNTS:
+        there = [torch.full((count,), value, dtype=torch.float64, device="cuda") for value in (3.0, 5.0)]
+        torch.cuda.synchronize()
+        addresses = [tensor.data_ptr() for tensor in there]
+        norms = core.measured_sum_on(device.address, "float64", addresses[1], addresses, [1.0, 1.0], 0.5, count)
+        assert norms == (34.0 * count, 16.0 * count)
+
+
 @pytest.mark.ranks(2)
 def test_collectives_give_tensors_back_on_the_gpu() -> None:
     def ones(*shape: int) -> torch.Tensor:
