@@ -75,8 +75,13 @@ def sum(
     count: int,
     device: int,
     stream: int,
+    norms: int = 0,
 ) -> None:
     """destination[e] = scale * sum_i weights[i] * sources[i][e], in that order: the bits that the CPU's kernel gives.
 
     float16, bfloat16 and float32 are summed in float32. The destination may be one of the sources.
+
+    Args:
+        norms: address of 16 bytes on the GPU, or 0: takes two squared norms (float64), that of all sources together,
+            before weights, and that of the destination.
     """

@@ -17,10 +17,12 @@ def of_kind(said: Said, kind: str) -> list[tuple[int, dict[str, Any]]]:
 class Group:
     """A conversation about gradients on GPUs."""
 
-    def __init__(self, size: int, required: int = 2, survives_losses: bool = False, on_device: bool = True) -> None:
+    def __init__(
+        self, size: int, required: int = 2, survives_losses: bool = False, on_device: bool = True, **more: bool
+    ) -> None:
         self.talk = Talk(size, survives_losses=survives_losses)
         for rank in range(size):
-            options = {"required": required, "max_lag": 64}
+            options = {"required": required, "max_lag": 64, **more}
             self.talk.say(rank, "Open", name="it", kind=0, options=options, on_device=on_device)
         self.ranks = range(size)
 
@@ -100,6 +102,13 @@ def test_gradients_in_host_memory_are_not_served() -> None:
     group.all_can()
     group.formed(1)
     assert group.decide(0, 0)["group"] == 0
+
+
+def test_groups_serve_also_when_what_they_do_is_measured() -> None:
+    group = Group(3, automatic=True)
+    group.all_can()
+    group.formed(1)
+    assert group.decide(0, 0, 1, 2)["group"] == 1
 
 
 def test_a_group_whose_contributor_has_stopped_is_disbanded_and_the_next_is_formed_later_without_it() -> None:

@@ -5,6 +5,7 @@ it crashes.
 Rank r contributes 2^r times an element's number, so a result names its contributors.
 """
 
+import json
 import random
 import threading
 import time
@@ -41,6 +42,7 @@ class DeviceStream:
         self.received = [np.full(len(numbers), np.nan, np.float32) for numbers in NUMBERS]
         self.scalar, self.mean = np.zeros(1), np.zeros(1)
         self.channel.set_results([r.ctypes.data for r in [*self.received, self.mean]])
+        self.channel.measure(3)
         self.applied: list[tuple[int, tuple[int, ...]]] = []
         self.last = ""
 
@@ -111,7 +113,12 @@ def until(condition: Callable[[], bool], step: Callable[[], None]) -> None:
 
 
 def train(
-    size: int, folder: Path, body: Callable[[DeviceStream, list[Any]], None], why_no_groups: str = "", **options: Any
+    size: int,
+    folder: Path,
+    body: Callable[[DeviceStream, list[Any]], None],
+    why_no_groups: str = "",
+    trace: str = "",
+    **options: Any,
 ) -> Any:
     """Runs body(stream, all devices) on each rank, then leaves. Returns streams and devices."""
     on = devices(folder, size, why_no_groups)
@@ -125,7 +132,7 @@ def train(
         stream.leave()
         return stream
 
-    return spawn(size, run), on
+    return spawn(size, run, trace=trace), on
 
 
 @pytest.mark.parametrize("arrive", ["first", "last"])
@@ -137,6 +144,43 @@ def test_gpus_exchange_data_directly_once_their_group_is_formed(size: int, arriv
     streams, on = train(size, tmp_path, body, arrive=arrive)
     equal_histories(streams)
     assert all(device.sums >= 10 for device in on), "each was the sum of a shard"
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+@pytest.mark.parametrize("why_no_groups", ["", "there is no NCCL"])
+def test_squared_norms_of_what_gpus_have_exchanged_are_put_on_record(
+    automatic: bool, why_no_groups: str, tmp_path: Path
+) -> None:
+    """Those of the contributions and of their mean, over all ranks' shards: the same as through host memory."""
+
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        if why_no_groups:
+            for _ in range(10):
+                stream.step()
+        else:
+            until(lambda: all(device.sums >= 30 for device in on), stream.step)
+
+    trace = tmp_path / "trace.jsonl"
+    streams, on = train(3, tmp_path, body, why_no_groups, str(trace), automatic=automatic)
+    steps = len(equal_histories(streams))
+    assert not why_no_groups or not any(device.sums for device in on)
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    final = [line for line in lines if line.get("event") == "final"]
+    assert len(final) == steps
+    numbers = sum(float((each.astype(np.float64) ** 2).sum()) for each in NUMBERS)
+    for line, (_, ranks) in zip(final, streams[0].applied, strict=True):
+        mean = sum(2.0**r for r in ranks) / len(ranks)
+        assert line["contribution_squares"] == pytest.approx(sum(4.0**r for r in ranks) * numbers, rel=1e-5)
+        assert line["mean_squares"] == pytest.approx(mean**2 * numbers, rel=1e-5)
+
+
+def test_norms_are_there_once_the_sum_has_run(tmp_path: Path) -> None:
+    (device,) = devices(tmp_path, 1)
+    for count in (1, 0, 1000):
+        sources = [np.full(count, value) for value in (3.0, 5.0)]
+        addresses = [array.ctypes.data for array in sources]
+        norms = testing.measured_sum_on(device.address, "float64", addresses[1], addresses, [1.0, 1.0], 0.5, count)
+        assert norms == (34.0 * count, 16.0 * count)
 
 
 def test_without_groups_gradients_go_through_host_memory(tmp_path: Path) -> None:

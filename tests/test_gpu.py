@@ -82,6 +82,35 @@ def test_the_sum_kernel_gives_the_bits_of_the_cpus(dtype: str) -> None:
         assert same_bytes(there[4], here[4])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_the_sum_kernel_measures_what_it_sums(dtype: str, spoiled: bool) -> None:
+    """To the same bits as without; the norms are those that the CPU finds, thread by thread."""
+    rng = np.random.default_rng(0)
+    weights = [1.0, 0.3, -2.5]
+    norms = torch.full((2,), 7.0, dtype=torch.float64, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    for count in COUNTS:
+        here = [random_elements(dtype, count, rng, special=spoiled) for _ in weights]
+        there = [torch.from_numpy(array.view(np.uint8).copy()).cuda() for array in here]
+        addresses = [tensor.data_ptr() for tensor in there]
+        library().sum(dtype, addresses[2], addresses, weights, 0.25, count, 0, stream, norms.data_ptr())
+        pointers = [array.ctypes.data for array in here]
+        expected = core.gpu_sum(dtype, pointers[2], pointers, weights, 0.25, count, True)
+        assert same_bytes(there[2], here[2])
+        assert norms.tolist() == pytest.approx(expected, rel=1e-9, nan_ok=True)
+
+
+def test_a_device_gives_the_norms_of_each_of_its_sums() -> None:
+    device = library().Device(0)
+    for count in COUNTS:
+        there = [torch.full((count,), value, dtype=torch.float64, device="cuda") for value in (3.0, 5.0)]
+        torch.cuda.synchronize()
+        addresses = [tensor.data_ptr() for tensor in there]
+        norms = core.measured_sum_on(device.address, "float64", addresses[1], addresses, [1.0, 1.0], 0.5, count)
+        assert norms == (34.0 * count, 16.0 * count)
+
+
 @pytest.mark.ranks(2)
 def test_collectives_give_tensors_back_on_the_gpu() -> None:
     def ones(*shape: int) -> torch.Tensor:

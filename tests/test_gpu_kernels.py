@@ -152,15 +152,31 @@ def test_what_is_sent_is_measured_on_the_way(gradient: str, wire: str, spoiled: 
         assert squares == pytest.approx((sent**2).sum(), rel=1e-12)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@settings(max_examples=25)
-@given(
+def sum_in_place(
+    dtype: str, sources: list[Array], weights: list[float], scale: float, measured: bool = False
+) -> tuple[float, float]:
+    """Into the last source. Returns, if `measured`, the squared norms of (sources, destination)."""
+    addresses = [source.ctypes.data for source in sources]
+    norms = core.gpu_sum(dtype, addresses[-1], addresses, weights, scale, len(sources[-1]), measured)
+    return float(norms[0]), float(norms[1])
+
+
+def squared_norm(dtype: str, stored: Array) -> float:
+    return float((widened(dtype, stored).astype(np.float64) ** 2).sum())
+
+
+sums = given(
     source_count=st.integers(1, 9),
     count=st.one_of(st.integers(0, 50), st.integers(0, 20000), st.sampled_from([4096, 8192])),
     misaligned=st.sampled_from([None, None, 0, -1]),
     special=st.booleans(),
     seed=st.integers(0, 99),
 )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@settings(max_examples=25)
+@sums
 def test_a_sum_has_the_bits_of_the_sum_in_rank_order(
     dtype: str, source_count: int, count: int, misaligned: int | None, special: bool, seed: int
 ) -> None:
@@ -174,10 +190,34 @@ def test_a_sum_has_the_bits_of_the_sum_in_rank_order(
         sources[-1][:] = random_elements(dtype, count, rng, special=special)
     weights = [float(weight) for weight in rng.choice([1.0, 0.0, 0.3, -2.5], source_count)]
     expected = reference_sum(dtype, sources, weights, 1 / 3)
-    destination = sources[-1]  # in place
-    core.gpu_sum(dtype, destination.ctypes.data, [source.ctypes.data for source in sources], weights, 1 / 3, count)
-    np.testing.assert_array_equal(bits(destination), bits(expected))
-    assert not memory[:, -1].any()
+    before = [source.copy() for source in sources]
+    for measured in (False, True):
+        sources[-1][:] = before[-1]
+        norms = sum_in_place(dtype, sources, weights, 1 / 3, measured)
+        np.testing.assert_array_equal(bits(sources[-1]), bits(expected))
+        assert not memory[:, -1].any()
+        if not measured:
+            assert norms == (0.0, 0.0)
+        elif not special:
+            assert norms[0] == pytest.approx(sum(squared_norm(dtype, source) for source in before), rel=1e-12)
+            assert norms[1] == pytest.approx(squared_norm(dtype, expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 4095, 4999])
+def test_norms_of_what_is_not_finite_are_not_finite(dtype: str, spoiled: float, place: int) -> None:
+    """Also of a source that has no weight."""
+    sources = [from_numbers(dtype, np.ones(5000)) for _ in range(3)]
+    sources[1][place] = from_numbers(dtype, np.array([spoiled]))[0]
+    assert not np.isfinite(sum_in_place(dtype, sources, [1.0, 0.0, 1.0], 1.0, measured=True)).any()
+
+
+def test_norms_are_those_of_what_is_stored() -> None:
+    """The sum is too large for float16; its sources are not."""
+    sources = [from_numbers("float16", np.full(10, 60000.0)) for _ in range(2)]
+    of_sources, of_result = sum_in_place("float16", sources, [1.0, 1.0], 1.0, measured=True)
+    assert of_sources == pytest.approx(squared_norm("float16", sources[0]) * 2) and of_result == math.inf
 
 
 def test_all_float16_are_widened_and_rounded_as_they_should_be() -> None:

@@ -76,9 +76,11 @@ NB_MODULE(_gpu, module) {
   module.def(
       "sum",
       [](std::string_view dtype, Address destination, const std::vector<Address>& sources,
-         const std::vector<double>& weights, double scale, std::size_t count, int device, Address stream) {
+         const std::vector<double>& weights, double scale, std::size_t count, int device, Address stream,
+         Address norms) {
         sum(data_type(dtype), pointer(destination), pointers(sources), weights, scale, count,
-            Stream{device, pointer(stream)});
+            Stream{device, pointer(stream)}, pointer<hvd_backup::SquaredNorms>(norms));
       },
-      "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a, "count"_a, "device"_a, "stream"_a);
+      "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a, "count"_a, "device"_a, "stream"_a,
+      "norms"_a = 0);
 }

@@ -3,8 +3,11 @@
 //
 // Addresses on it may be given with the bit `disguise` set: whoever else uses them crashes.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -13,8 +16,11 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <random>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -128,14 +134,18 @@ class HostDevice final : public Device {
     put([=] { return std::memcpy(undisguised(to), undisguised(from), bytes), true; });
   }
 
-  void sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
-           double scale, std::size_t count) override {
+  Norms sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
+            double scale, std::size_t count, bool measured) override {
     ++sums;
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();  // until it has run
+    const auto norms = measured ? std::make_shared<SquaredNorms>(SquaredNorms{nan, nan}) : nullptr;
     std::vector<const void*> places;
     for (const void* source : sources) places.push_back(undisguised(source));
     put([=, weights = std::vector(weights.begin(), weights.end())] {
-      return weighted_sum(dtype, undisguised(destination), places, weights, scale, count), true;
+      if (norms) *norms = {};
+      return weighted_sum(dtype, undisguised(destination), places, weights, scale, count, norms.get()), true;
     });
+    return norms;
   }
 
   std::byte* scratch(std::size_t bytes) override {
@@ -277,6 +287,19 @@ void register_device(nb::module_& module) {
       .def_prop_rw(
           "failing_exchange", [](const HostDevice& self) { return self.failing_exchange.load(); },
           [](HostDevice& self, int value) { self.failing_exchange = value; });
+  // On any device, given by its address: returns the squared norms of (sources, destination) once it has run.
+  module.def(
+      "measured_sum_on",
+      [](Address address, std::string_view dtype, Address destination, const std::vector<Address>& sources,
+         const std::vector<double>& weights, double scale, std::size_t count) {
+        auto& device = *pointer<Device>(address);
+        const Device::Norms norms = device.sum(gpu::data_type(dtype), pointer(destination), gpu::pointers(sources),
+                                               weights, scale, count, true);
+        const Device::Mark end = device.mark();
+        while (!device.reached(end)) sched_yield();
+        return std::pair(norms->sources, norms->destination);
+      },
+      "device"_a, "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a, "count"_a);
 }
 
 }  // namespace hvd_backup

@@ -39,14 +39,18 @@ struct HostLauncher {
     }
   }
 
-  template <class Format>
-  void sum(const Sources& sources, void* destination, double scale, bool wide, std::uint64_t count,
-           unsigned blocks) const {
+  template <class Job>
+  void sum(const Sources& sources, void* destination, double scale, bool wide, std::uint64_t count, unsigned blocks,
+           SquaredNorms* norms) const {
     ++launches;
     for (unsigned block = blocks; block-- > 0;) {
       for (unsigned thread = threads_per_block; thread-- > 0;) {
-        Sum<Format>{static_cast<typename Format::Lane>(scale), wide}.sum_tile(
-            sources, static_cast<typename Format::Stored*>(destination), Sum<Format>::tile * block, count, thread);
+        SquaredNorms mine;
+        Job{static_cast<typename Job::Lane>(scale), wide, &mine}.sum_tile(
+            sources, static_cast<typename Job::Element*>(destination), Job::tile * block, count, thread);
+        if (!Job::is_measured) continue;
+        norms->sources += mine.sources;
+        norms->destination += mine.destination;
       }
     }
   }
@@ -80,13 +84,17 @@ void register_gpu_kernels(nb::module_& module) {
                       pointer(bucket), scale);
       },
       "gradient"_a, "wire"_a, "gradients"_a, "begins"_a, "counts"_a, "bucket"_a, "scale"_a);
+  // Returns, if `measured`, the squared norms of (sources, destination).
   module.def(
       "gpu_sum",
       [](std::string_view dtype, Address destination, const std::vector<Address>& sources,
-         const std::vector<double>& weights, double scale, std::size_t count) {
-        launch_sum(HostLauncher{}, data_type(dtype), pointer(destination), pointers(sources), weights, scale, count);
+         const std::vector<double>& weights, double scale, std::size_t count, bool measured) {
+        SquaredNorms norms;
+        launch_sum(HostLauncher{}, data_type(dtype), pointer(destination), pointers(sources), weights, scale, count,
+                   measured ? &norms : nullptr);
+        return nb::make_tuple(norms.sources, norms.destination);
       },
-      "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a, "count"_a);
+      "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a, "count"_a, "measured"_a = false);
 }
 
 }  // namespace hvd_backup

@@ -39,6 +39,16 @@ bool DeviceAllreduce::go_on() {
   return true;
 }
 
+bool DeviceAllreduce::complete() {
+  if (!issued() || !device_.reached(end_)) return false;
+  if (norms_) {
+    options_.norms->sources += norms_->sources;
+    options_.norms->destination += norms_->destination;
+    norms_.reset();
+  }
+  return true;
+}
+
 // Of this member's shard, rounded up.
 std::size_t DeviceAllreduce::slot_bytes() const {
   const std::size_t bytes = shard(options_.self).size() * element_bytes_;
@@ -71,8 +81,8 @@ void DeviceAllreduce::sum() {
     sources.push_back(is_own ? static_cast<const std::byte*>(options_.contribution) + offset
                              : scratch_ + member * slot_bytes());
   }
-  device_.sum(options_.dtype, static_cast<std::byte*>(options_.result) + offset, sources, options_.weights,
-              options_.scale, own.size());
+  norms_ = device_.sum(options_.dtype, static_cast<std::byte*>(options_.result) + offset, sources, options_.weights,
+                       options_.scale, own.size(), options_.norms != nullptr);
 }
 
 void DeviceAllreduce::exchange_results() {

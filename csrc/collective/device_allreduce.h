@@ -8,10 +8,12 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "base/data_type.h"
+#include "base/squared_norms.h"
 #include "collective/partition.h"
 #include "device/device.h"
 
@@ -30,6 +32,8 @@ struct DeviceAllreduceOptions {
   // What is copied to host memory, to the same place there.
   std::vector<Shard> kept;
   void* host_result = nullptr;
+  // If given: the squared norms of this member's shard are added to it, in the same pass, before it is complete.
+  std::shared_ptr<SquaredNorms> norms;
 };
 
 // One collective. It does not begin by itself: to be asked to go on, again and again, and in the group's order, the
@@ -42,7 +46,7 @@ class DeviceAllreduce {
   // Puts into the queue what can be. Returns whether there was anything.
   bool go_on();
   bool issued() const { return stage_ == Stage::issued; }  // nothing is left to be put into the queue
-  bool complete() { return issued() && device_.reached(end_); }
+  bool complete();
 
  private:
   enum class Stage { fresh, gathering, scattering, issued };
@@ -61,6 +65,7 @@ class DeviceAllreduce {
   const std::size_t element_bytes_;
   Stage stage_ = Stage::fresh;
   std::byte* scratch_ = nullptr;
+  Device::Norms norms_;  // until they are added
   Device::Mark end_ = 0;
 };
 

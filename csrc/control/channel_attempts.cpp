@@ -22,7 +22,7 @@ void ChannelBook::begin_attempt(Slot& slot, const std::string& reason, TimeUs no
   set_contributors(decision, slot.arrivals);
   if (!decision.result.empty()) decision.votes = false;  // all have the result, or none
   // What is begun anew goes through host memory: what was in the way may still be there.
-  const bool may_be_served = decision.votes && decision.attempt == 0 && on_device_ && !is_measured();
+  const bool may_be_served = decision.votes && decision.attempt == 0 && on_device_;
   decision.group = may_be_served ? out_.groups.serving(decision.contributors) : 0;
   const TimeUs patience = transfer_time_.patience_us() << std::min(decision.attempt, 6);
   slot.attempt = Attempt(decision.contributors, now, patience);

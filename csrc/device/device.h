@@ -13,6 +13,7 @@
 #include <string>
 
 #include "base/data_type.h"
+#include "base/squared_norms.h"
 
 namespace hvd_backup {
 
@@ -53,6 +54,9 @@ class Device {
  public:
   using Ready = std::shared_ptr<const void>;  // a point in the caller's stream
   using Mark = std::uint64_t;                 // a point in the queue
+  // In host memory; to be read once a mark that was put behind the sum is reached. From any thread it may be let go, at
+  // any time, also unread.
+  using Norms = std::shared_ptr<const SquaredNorms>;
 
   virtual ~Device() = default;
 
@@ -65,9 +69,9 @@ class Device {
   // Between host memory and the GPU's, or within it.
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
 
-  // As in kernels/weighted_sum.h, to the same bits. Floating point only.
-  virtual void sum(DataType dtype, void* destination, std::span<const void* const> sources,
-                   std::span<const double> weights, double scale, std::size_t count) = 0;
+  // As in kernels/weighted_sum.h, to the same bits. Floating point only. Null unless `measured`.
+  virtual Norms sum(DataType dtype, void* destination, std::span<const void* const> sources,
+                    std::span<const double> weights, double scale, std::size_t count, bool measured) = 0;
 
   // At least so many bytes on the GPU. There is one such block: it is valid until the next call, and work that is put
   // into the queue after this call may use it (whatever used it before comes first).

@@ -178,6 +178,7 @@ void Engine::start_reduction(const Start& start) {
       }
     }
     options.host_result = bucket.result;
+    options.norms = norms;
     running = device_->start_in_group(decision.group, tag, ranks, std::move(options), bucket.on_device->ready,
                                       std::move(on_done));
   } else {

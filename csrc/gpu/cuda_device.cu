@@ -36,10 +36,41 @@ class EventPool {
   std::vector<Event> free_;
 };
 
+// Where the host reads norms. All of one stream: what is given back before it was written, is written before it is used
+// again. From any thread.
+class NormsPool {
+ public:
+  NormsPool() { take_more(); }  // now, while the GPU has nothing to do that this could wait for
+
+  SquaredNorms* take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) take_more();
+    SquaredNorms* norms = free_.back();
+    free_.pop_back();
+    return norms;
+  }
+  void give_back(SquaredNorms* norms) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(norms);
+  }
+
+ private:
+  static constexpr std::size_t at_once = 1024;  // more buckets than there usually are
+
+  void take_more() {
+    memory_.emplace_back(at_once);
+    for (SquaredNorms& norms : memory_.back().get()) free_.push_back(&norms);
+  }
+
+  std::mutex mutex_;
+  std::vector<HostMemory<SquaredNorms>> memory_;
+  std::vector<SquaredNorms*> free_;
+};
+
 class CudaDevice final : public Device {
  public:
   CudaDevice(int device, std::shared_ptr<const Nccl> nccl)
-      : device_(device), nccl_(std::move(nccl)), scratch_(stream_.get()) {}
+      : device_(device), nccl_(std::move(nccl)), scratch_(stream_.get()), norms_(stream_.get()) {}
 
   Ready record(void* stream) override {
     const OnDevice here(device_);
@@ -64,9 +95,16 @@ class CudaDevice final : public Device {
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_.get()), "copying");
   }
 
-  void sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
-           double scale, std::size_t count) override {
-    gpu::sum(dtype, destination, sources, weights, scale, count, Stream{device_, stream_.get()});
+  Norms sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
+            double scale, std::size_t count, bool measured) override {
+    const OnDevice here(device_);
+    auto* norms = measured ? static_cast<SquaredNorms*>(norms_.at_least(sizeof(SquaredNorms))) : nullptr;
+    gpu::sum(dtype, destination, sources, weights, scale, count, Stream{device_, stream_.get()}, norms);
+    if (!measured) return nullptr;
+    const auto give_back = [pool = norms_pool_](SquaredNorms* used) { pool->give_back(used); };
+    const std::shared_ptr<SquaredNorms> copied(norms_pool_->take(), give_back);
+    copy(copied.get(), norms, sizeof *norms);
+    return copied;
   }
 
   std::byte* scratch(std::size_t bytes) override {
@@ -117,7 +155,9 @@ class CudaDevice final : public Device {
   const std::shared_ptr<const Nccl> nccl_;
   OwnStream stream_;
   StreamMemory scratch_;
+  StreamMemory norms_;  // of the one sum that is at work
   const std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
+  const std::shared_ptr<NormsPool> norms_pool_ = std::make_shared<NormsPool>();
   std::deque<Event> marks_;  // those that are not known to be reached, in the order of the queue
   Mark reached_ = 0;
 };

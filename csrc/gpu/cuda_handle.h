@@ -4,6 +4,8 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
+#include <cstddef>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -79,6 +81,28 @@ class Event {
 
  private:
   cudaEvent_t event_ = nullptr;
+};
+
+// Host memory that the GPU writes to by itself (page-locked). To take some or to give it back may wait for the GPU.
+template <class T>
+class HostMemory {
+ public:
+  explicit HostMemory(std::size_t count) : count_(count) {
+    void* data = nullptr;
+    check(cudaHostAlloc(&data, count * sizeof(T), cudaHostAllocDefault), "taking page-locked memory");
+    data_ = static_cast<T*>(data);
+  }
+  ~HostMemory() {
+    if (data_ != nullptr) cudaFreeHost(data_);
+  }
+  HostMemory(HostMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)), count_(other.count_) {}
+  HostMemory& operator=(HostMemory&&) = delete;
+
+  std::span<T> get() const { return {data_, count_}; }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t count_;
 };
 
 // Memory that is taken and given back in the order of a stream, so that nothing has to wait for that: other than with

@@ -11,8 +11,9 @@ namespace hvd_backup::gpu {
 
 namespace {
 
+constexpr unsigned everybody = 0xffffffff;
+
 __device__ void add_to(Tally* all, Tally mine) {
-  constexpr unsigned everybody = 0xffffffff;
   for (int distance = 16; distance > 0; distance /= 2) {
     mine.squares += __shfl_down_sync(everybody, mine.squares, distance);
     mine.nonfinite |= __shfl_down_sync(everybody, mine.nonfinite, distance);
@@ -20,6 +21,16 @@ __device__ void add_to(Tally* all, Tally mine) {
   if (threadIdx.x % 32 != 0) return;
   if (mine.squares != 0) atomicAdd(&all->squares, mine.squares);
   if (mine.nonfinite != 0) atomicOr(&all->nonfinite, 1u);
+}
+
+__device__ void add_to(SquaredNorms* all, SquaredNorms mine) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    mine.sources += __shfl_down_sync(everybody, mine.sources, distance);
+    mine.destination += __shfl_down_sync(everybody, mine.destination, distance);
+  }
+  if (threadIdx.x % 32 != 0) return;
+  atomicAdd(&all->sources, mine.sources);
+  atomicAdd(&all->destination, mine.destination);
 }
 
 template <class Job>
@@ -31,11 +42,13 @@ __global__ void __launch_bounds__(threads_per_block)
   if constexpr (Job::is_measured) add_to(all, mine);
 }
 
-template <class Format>
+template <class Job>
 __global__ void __launch_bounds__(threads_per_block)
-    sum_kernel(const __grid_constant__ Sources sources, typename Format::Stored* destination,
-               typename Format::Lane scale, bool wide, std::uint64_t count) {
-  Sum<Format>{scale, wide}.sum_tile(sources, destination, Sum<Format>::tile * blockIdx.x, count, threadIdx.x);
+    sum_kernel(const __grid_constant__ Sources sources, typename Job::Element* destination, typename Job::Lane scale,
+               bool wide, std::uint64_t count, SquaredNorms* all) {
+  SquaredNorms mine;
+  Job{scale, wide, &mine}.sum_tile(sources, destination, Job::tile * blockIdx.x, count, threadIdx.x);
+  if constexpr (Job::is_measured) add_to(all, mine);
 }
 
 // On a stream.
@@ -49,12 +62,12 @@ struct CudaLauncher {
     check(cudaGetLastError(), "moving gradients");
   }
 
-  template <class Format>
-  void sum(const Sources& sources, void* destination, double scale, bool wide, std::uint64_t count,
-           unsigned blocks) const {
-    sum_kernel<Format>
-        <<<blocks, threads_per_block, 0, stream>>>(sources, static_cast<typename Format::Stored*>(destination),
-                                                   static_cast<typename Format::Lane>(scale), wide, count);
+  template <class Job>
+  void sum(const Sources& sources, void* destination, double scale, bool wide, std::uint64_t count, unsigned blocks,
+           SquaredNorms* norms) const {
+    sum_kernel<Job><<<blocks, threads_per_block, 0, stream>>>(sources, static_cast<typename Job::Element*>(destination),
+                                                              static_cast<typename Job::Lane>(scale), wide, count,
+                                                              norms);
     check(cudaGetLastError(), "summing");
   }
 };
@@ -76,10 +89,11 @@ void unpack(DataType gradient, DataType wire, std::span<const Piece> pieces, voi
 }
 
 void sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
-         double scale, std::size_t count, Stream stream) {
+         double scale, std::size_t count, Stream stream, SquaredNorms* norms) {
   const OnDevice here(stream.device);
-  launch_sum(CudaLauncher{static_cast<cudaStream_t>(stream.handle)}, dtype, destination, sources, weights, scale,
-             count);
+  const auto handle = static_cast<cudaStream_t>(stream.handle);
+  if (norms != nullptr) check(cudaMemsetAsync(norms, 0, sizeof *norms, handle), "clearing squared norms");
+  launch_sum(CudaLauncher{handle}, dtype, destination, sources, weights, scale, count, norms);
 }
 
 }  // namespace hvd_backup::gpu

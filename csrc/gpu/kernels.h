@@ -7,6 +7,7 @@
 #include <span>
 
 #include "base/data_type.h"
+#include "base/squared_norms.h"
 
 namespace hvd_backup::gpu {
 
@@ -34,7 +35,10 @@ void unpack(DataType gradient, DataType wire, std::span<const Piece> pieces, voi
 
 // destination[e] = scale * sum_i weights[i] * sources[i][e], summed in that order, to the same bits as weighted_sum.
 // The destination may be one of the sources. Floating point only; 1 to sources_at_once sources.
+//
+// norms: if given, on the GPU: the squared norms, of the destination as it is stored. Added up in float64, in an order
+// that differs from run to run.
 void sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
-         double scale, std::size_t count, Stream stream);
+         double scale, std::size_t count, Stream stream, SquaredNorms* norms);
 
 }  // namespace hvd_backup::gpu

@@ -9,6 +9,7 @@
 
 #include "base/data_type.h"
 #include "base/error.h"
+#include "base/squared_norms.h"
 #include "gpu/elements.h"
 #include "gpu/move.h"
 #include "gpu/sum.h"
@@ -87,9 +88,17 @@ void launch_unpack(const Launcher& launcher, DataType gradient, DataType wire, s
   }));
 }
 
+template <class Job, class Launcher>
+void launch_sum_job(const Launcher& launcher, const Sources& sources, void* destination, double scale,
+                    std::size_t count, SquaredNorms* norms) {
+  const auto blocks = static_cast<unsigned>((count + Job::tile - 1) / Job::tile);
+  const bool wide = Job::is_wide(sources, destination);
+  if (blocks > 0) launcher.template sum<Job>(sources, destination, scale, wide, count, blocks, norms);
+}
+
 template <class Launcher>
 void launch_sum(const Launcher& launcher, DataType dtype, void* destination, std::span<const void* const> sources,
-                std::span<const double> weights, double scale, std::size_t count) {
+                std::span<const double> weights, double scale, std::size_t count, SquaredNorms* norms) {
   if (sources.empty() || sources.size() > sources_at_once || sources.size() != weights.size()) {
     throw UsageError("a sum on the GPU takes 1 to " + std::to_string(sources_at_once) + " sources, with a weight each");
   }
@@ -98,10 +107,11 @@ void launch_sum(const Launcher& launcher, DataType dtype, void* destination, std
   std::copy(sources.begin(), sources.end(), argument.source);
   std::copy(weights.begin(), weights.end(), argument.weight);
   const bool known = visit_format(dtype, [&]<class Format>(Format) {
-    using Job = Sum<Format>;
-    const auto blocks = static_cast<unsigned>((count + Job::tile - 1) / Job::tile);
-    const bool wide = Job::is_wide(argument, destination);
-    if (blocks > 0) launcher.template sum<Format>(argument, destination, scale, wide, count, blocks);
+    if (norms != nullptr) {
+      launch_sum_job<Sum<Format, true>>(launcher, argument, destination, scale, count, norms);
+    } else {
+      launch_sum_job<Sum<Format, false>>(launcher, argument, destination, scale, count, nullptr);
+    }
   });
   if (!known) throw UsageError("a sum on the GPU takes floating-point dtypes");
 }

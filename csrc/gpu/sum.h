@@ -1,9 +1,11 @@
 // The sum of several buffers, in rank order: sum_tile is what one thread of the kernel does. The same bits as
-// kernels/weighted_sum.h: destination[e] = scale * sum_i weights[i] * sources[i][e].
+// kernels/weighted_sum.h: destination[e] = scale * sum_i weights[i] * sources[i][e]. If `measured`, the squares of what
+// is read and of what is stored are added up on the way, in float64; the bits stay the same.
 #pragma once
 
 #include <cstdint>
 
+#include "base/squared_norms.h"
 #include "gpu/elements.h"
 #include "gpu/move.h"
 
@@ -17,16 +19,18 @@ struct Sources {
   double weight[sources_at_once];
 };
 
-template <class Format>
+template <class Format, bool measured>
 struct Sum {
   using Lane = typename Format::Lane;
   using Element = typename Format::Stored;
+  static constexpr bool is_measured = measured;
   static constexpr int width = 16 / sizeof(Element);
   static constexpr std::uint64_t tile = std::uint64_t{threads_per_block} * vectors_at_once * width;
   using Elements = Vector<Element, width>;
 
   Lane scale;
-  bool wide;  // every buffer is aligned for Elements
+  bool wide;            // every buffer is aligned for Elements
+  SquaredNorms* norms;  // of this thread
 
   HVD_BACKUP_EVERYWHERE static bool is_wide(const Sources& sources, const void* destination) {
     bool all = is_aligned_for<Elements>(destination);
@@ -55,7 +59,7 @@ struct Sum {
       Lane total = term(sources, 0, static_cast<const Element*>(sources.source[0])[e]);
       for (int i = 1; i < sources.count; ++i)
         total += term(sources, i, static_cast<const Element*>(sources.source[i])[e]);
-      destination[e] = Format::store(total * scale);
+      destination[e] = stored_as(total);
     }
   }
 
@@ -77,13 +81,25 @@ struct Sum {
     }
     for (int k = 0; k < at_once; ++k) {
       Elements stored;
-      for (int j = 0; j < width; ++j) stored.element[j] = Format::store(total[k][j] * scale);
+      for (int j = 0; j < width; ++j) stored.element[j] = stored_as(total[k][j]);
       reinterpret_cast<Elements*>(destination)[first + k * threads_per_block] = stored;
     }
   }
 
-  HVD_BACKUP_EVERYWHERE static Lane term(const Sources& sources, int i, Element element) {
-    return Format::load(element) * static_cast<Lane>(sources.weight[i]);
+  HVD_BACKUP_EVERYWHERE Lane term(const Sources& sources, int i, Element element) const {
+    const Lane value = Format::load(element);
+    if constexpr (measured) norms->sources += square(value);
+    return value * static_cast<Lane>(sources.weight[i]);
+  }
+
+  HVD_BACKUP_EVERYWHERE Element stored_as(Lane total) const {
+    const Element element = Format::store(total * scale);
+    if constexpr (measured) norms->destination += square(Format::load(element));
+    return element;
+  }
+
+  HVD_BACKUP_EVERYWHERE static double square(Lane value) {
+    return static_cast<double>(value) * static_cast<double>(value);
   }
 };
 

@@ -10,13 +10,9 @@
 #include <span>
 
 #include "base/data_type.h"
+#include "base/squared_norms.h"
 
 namespace hvd_backup {
-
-struct SquaredNorms {
-  double sources = 0;      // summed over the sources, before weights
-  double destination = 0;  // after weights and scale
-};
 
 // Each source and the destination hold `count` elements of `dtype`. The destination may be one of the sources, and may
 // not overlap one in part. Integers: every weight and the scale must be 1 (UsageError otherwise).
