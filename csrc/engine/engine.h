@@ -214,7 +214,7 @@ class Engine {
 
   std::unique_ptr<DeviceWork> device_;               // outlives the transport, too, as copies may
   std::atomic<DeviceWork*> device_in_use_{nullptr};  // the same, without the mutex
-  StagingPool staging_;                 // outlives the transport, whose transfers may use its memory
+  StagingPool staging_;                              // outlives the transport, whose transfers may use its memory
   std::unique_ptr<Transport> transport_;
   const int process_;  // its number
   const int rank_;
