@@ -136,9 +136,14 @@ void DeviceWork::fail(GroupId id, const std::string& reason) {
   if (found == groups_.end() || found->second.failed) return;
   Group& group = found->second;
   group.failed = true;
-  for (const auto& op : in_groups_) op->over = op->over || op->id == id;
   group.queue.clear();
   if (group.group) group.group->abort();
+  for (const auto& op : in_groups_) {
+    if (op->id != id || op->over) continue;
+    op->over = true;
+    while (op->allreduce->issued() && !op->allreduce->complete())
+      sched_yield();  // copies, which nothing is in the way of
+  }
   answers_.push_back(Formed{id, reason});
 }
 
