@@ -18,6 +18,7 @@
 #   TORCH=torch==2.11.0  another PyTorch
 #   TENSORFLOW=...       another TensorFlow; only make test installs one, and builds the ops for it
 #   EXTRAS=torch,test    fewer packages, and TESTING=OFF: nothing of the core that is there for tests: for make smoke
+#   GPU=OFF              without the GPU library, which is built where nvcc is
 #
 # PyTorch is pinned, so that results can be compared. Its CPU build does for demo and tests, at a tenth of the size; pip
 # prefers it (2.13.0+cpu counts as newer than 2.13.0) wherever it is offered, on Linux only in PyTorch's own CPU index:
@@ -33,6 +34,7 @@ ARGS ?=
 BUILD_TOOLS := "scikit-build-core>=0.11" "nanobind>=2.2" "cmake>=3.21" ninja
 EXTRAS ?= torch,examples,report,tensorboard,prometheus,test,lint
 TESTING ?= ON
+GPU ?= AUTO
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check --quiet
@@ -91,7 +93,7 @@ $(python):
 
 # Touched only when a setting differs from the last time.
 settings := MPI=$(MPI) $(if $(mpi_bin),$(shell $(mpi_bin)/mpicxx -show | cksum)) TORCH=$(TORCH) EXTRAS=$(EXTRAS) \
-            TESTING=$(TESTING)
+            TESTING=$(TESTING) GPU=$(GPU)
 $(VENV)/.settings: FORCE | $(python)
 	@echo '$(settings)' | cmp -s - $@ || { rm -rf $(build); echo '$(settings)' > $@; }
 
@@ -118,7 +120,8 @@ endif
 $(VENV)/.installed: $(VENV)/.packages $(VENV)/.modules $(sources)
 	@echo "building hvd_backup"
 	@$(pip) install --no-build-isolation --config-settings=build-dir=$(build) --config-settings=install.strip=false \
-	    --config-settings=cmake.define.HVD_BACKUP_TESTING=$(TESTING) -e ".[$(EXTRAS)]"
+	    --config-settings=cmake.define.HVD_BACKUP_TESTING=$(TESTING) \
+	    --config-settings=cmake.define.HVD_BACKUP_GPU=$(GPU) -e ".[$(EXTRAS)]"
 	@cat $(build)/summary.txt
 	@touch $@
 
