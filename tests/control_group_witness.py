@@ -51,9 +51,13 @@ class GroupWitness:
 
     def said(self, records: list[Body], replies: list[tuple[int, Body]]) -> None:
         """After one event."""
+        left = set()  # groups that contributors have not come to the end with
         for record in records:
             if record["event"] in ("replaced", "stopped"):
                 self.out |= set(record["ranks"])
+            key = record["channel"], record["step"], record["scope"]
+            if key in self.serves and (record["event"] == "stopped" or record["attempt"] > 0):
+                left.add(self.serves[key][0])
         for _, body in replies:
             if body["message"] == "Final":
                 self.serves.pop(self._key(body), None)
@@ -69,6 +73,7 @@ class GroupWitness:
                 self._disband(to, body, in_work)
         for key, (group, _) in self.serves.items():
             check(group not in self.disbanded, f"I6: group {group} is gone, and {key} is not begun anew")
+        check(left <= self.disbanded, f"I6: what was begun in {left} will not end, and they are not disbanded")
         for group in self.retired - self.disbanded - {group for group, _ in self.serves.values()}:
             check(False, f"I5: group {group} is not used any more, and not disbanded")
         self.may_go.clear()
