@@ -127,6 +127,52 @@ class NobodyStandsIn(Bug):
         return {} if body["message"] == "Decision" and body["attempt"] > 0 else body
 
 
+class GroupKept(Bug):
+    """What is begun anew stays in the group that it was in."""
+
+    def __init__(self) -> None:
+        self.groups: dict[tuple[int, int, int], int] = {}
+
+    def to_member(self, rank: int, body: Body) -> Body:
+        if body["message"] != "Decision":
+            return body
+        place = (body["channel"], body["step"], body["scope"])
+        return body | {"group": self.groups.setdefault(place, body["group"])}
+
+
+class FailureUnheard(Bug):
+    """That a group has failed on a rank is ignored."""
+
+    def to_coordinator(self, rank: int, body: Body) -> Body:
+        return {} if body["message"] == "Formed" and body["failure"] else body
+
+
+class AllCanGroup(Bug):
+    """Why a GPU cannot be in a group is ignored."""
+
+    def to_coordinator(self, rank: int, body: Body) -> Body:
+        return body | {"why_not": ""} if body["message"] == "CanGroup" else body
+
+
+class GroupOfLess(Bug):
+    """A group is formed without its last member."""
+
+    def to_member(self, rank: int, body: Body) -> Body:
+        return body | {"members": body["members"][:-1]} if body["message"] == "Form" else body
+
+
+class EndsAlone(Bug):
+    """A reduction in a group ends on a rank though another contributor has not begun it."""
+
+    waits_for_others = False
+
+
+class AnyOrder(Bug):
+    """A rank begins what it can in a group, whatever comes before it."""
+
+    in_order = False
+
+
 BUGS = {
     "no vote": NoVote,
     "votes of any attempt": AnyAttempt,
@@ -139,8 +185,25 @@ BUGS = {
     "other hyperparameters": OtherHyperparameters,
     "nobody stands in": NobodyStandsIn,
     "half a copy": HalfACopy,
+    "a group kept": GroupKept,
+    "a group's failure unheard": FailureUnheard,
+    "groups of all": AllCanGroup,
+    "a group of less": GroupOfLess,
+    "ends alone in a group": EndsAlone,
+    "any order in a group": AnyOrder,
     **{
         f"{kind} unheard": lambda kind=kind: Unheard(kind)
-        for kind in ("Final", "Late", "Withdraw", "Away", "Probe", "Progress", "Exit", "Offered", "StateLost")
+        for kind in (
+            "Final",
+            "Late",
+            "Withdraw",
+            "Away",
+            "Probe",
+            "Progress",
+            "Exit",
+            "Offered",
+            "StateLost",
+            "Disband",
+        )
     },
 }

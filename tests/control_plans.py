@@ -9,6 +9,7 @@ import itertools
 from dataclasses import replace
 from random import Random
 
+from tests.control_gpus import GpuPlan
 from tests.control_programs import Data, Epoch, Failure, Plan, meeting
 from tests.control_rank import ChannelSpec
 
@@ -133,3 +134,11 @@ def without_one(rng: Random) -> Plan:
     )
     each = Epoch((Data(rng.randint(1, 8)),) * size, followed=count == 1 and rng.random() < 0.6)
     return Plan(size, specs, (each,) * rng.randint(1, 3))
+
+
+def on_gpus(rng: Random, plan: Plan) -> Plan:
+    """The same with gradients on GPUs, most of which can exchange data directly."""
+    why_not = tuple("no NCCL" if rng.random() < 0.1 else "" for _ in range(plan.size))
+    failures, hangs = rng.choice([0, 0, 1, 3]), rng.choice([0, 0, 0, 1, 2])
+    backwards = frozenset(rank for rank in range(plan.size) if rng.random() < 0.4)
+    return replace(plan, gpus=GpuPlan(why_not, failures, hangs, backwards, first=rng.random() < 0.6))

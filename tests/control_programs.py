@@ -12,6 +12,7 @@ from typing import Any
 
 from hvd_backup._core_testing import compose
 
+from tests.control_gpus import GpuPlan
 from tests.control_rank import ChannelFailed, ChannelSpec, Line, Program, check
 from tests.control_world import Bug, World
 
@@ -61,6 +62,7 @@ class Plan:
 
     last_epoch: of each rank, after which it exits; None: it goes through all.
     nonfinite: gradients that hold NaN, as (rank, which step of its own, bucket).
+    gpus: None: gradients lie in host memory.
     """
 
     size: int
@@ -70,11 +72,12 @@ class Plan:
     failure: Failure | None = None
     calls: tuple[tuple[str, ...], ...] = ()
     nonfinite: frozenset[tuple[int, int, int]] = frozenset()
+    gpus: GpuPlan | None = None
 
     def world(self, bug: Bug | None = None) -> World:
         """A world in which every rank is about to begin."""
         meets = any(epoch.barrier for epoch in self.epochs)
-        world = World(self.size, self.specs + ((meeting(self.size),) if meets else ()), bug)
+        world = World(self.size, self.specs + ((meeting(self.size),) if meets else ()), bug, self.gpus)
         for rank in world.ranks:
             body = collectives(world, rank.rank, self) if self.calls else training(world, rank.rank, self)
             rank.program = until_exit(world, rank.rank, body)
@@ -270,7 +273,10 @@ def step(line: Line, plan: Plan, count: int) -> Program:
     usable(line)
     line.begin(1.0 + line.rank, f"{line.spec.name} {line.rank} {count}")
     failure = plan.failure if line.spec.kind == "training" else None
-    for bucket in range(len(line.spec.layout)):
+    buckets = list(range(len(line.spec.layout)))
+    if plan.gpus is not None and line.rank in plan.gpus.backwards:
+        buckets[1:] = buckets[:0:-1]
+    for bucket in buckets:
         if failure is not None and (failure.rank, failure.step, failure.buckets) == (line.rank, count, bucket):
             raise failure.leave()
         line.submit(bucket, (line.rank, count, bucket) not in plan.nonfinite or line.spec.kind == "collective")

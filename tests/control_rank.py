@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hvd_backup._core_testing import Member, compose
 
 if TYPE_CHECKING:
+    from tests.control_gpus import Gpu, Gpus
     from tests.control_world import World
 
 Program = Generator[bool, None, None]  # yields whether it can go on by itself; False: only when something has happened
@@ -171,6 +172,15 @@ class Line:
 
     # --- the engine ---
 
+    @property
+    def gpus(self) -> Gpus:
+        assert self.world.gpus is not None
+        return self.world.gpus
+
+    @property
+    def gpu(self) -> Gpu:
+        return self.gpus.of[self.rank]
+
     def collect(self) -> None:
         """After each call and each event: messages go out, reductions and fetches start."""
         if self.id is None:
@@ -180,10 +190,16 @@ class Line:
         for scope, decision in list(self.reductions.items()):
             if not self.member.contributing(decision["step"], scope, decision["attempt"]):
                 del self.reductions[scope]
+                if decision["group"]:
+                    self.gpu.give_up(decision)
         for decision in self.member.take_reductions():
             self.reductions[decision["scope"]] = decision
             self.journal.pop((decision["step"], decision["scope"]), None)  # of an earlier attempt
             self.received[decision["scope"]] = set()
+            if decision["group"]:
+                self.gpu.announce(self, decision)
+        if self.world.gpus is not None:
+            self.gpu.go_on()
         missed = self.member.take_catch_up()
         if missed is not None:
             self.missed = missed
@@ -215,11 +231,17 @@ class Line:
         step, scope = probe["step"], probe["scope"]
         if self.member.contributing(step, scope, probe["attempt"]):
             answer["unsubmitted"] = self.member.unsubmitted(scope)
-            answer["contributions_missing"] = self._missing(scope)
+            in_group = self.reductions[scope]["group"] != 0  # nobody knows whom the GPUs wait for
+            answer["contributions_missing"] = [] if in_group else self._missing(scope)
         self.world.send(self.rank, compose("Progress", **answer))
 
     def can_complete(self, scope: int) -> bool:
         """Whether the data of all contributors are here, or on their way."""
+        decision = self.reductions[scope]
+        if decision["group"] and (decision["group"] in self.gpus.hung or not self.gpu.is_at_work(decision)):
+            return False
+        if decision["group"] and self.world.bug is not None and not self.world.bug.waits_for_others:
+            return True
         return not self._missing(scope)
 
     def _missing(self, scope: int) -> list[int]:
@@ -242,18 +264,26 @@ class Line:
 
     def has_started(self, decision: dict[str, Any]) -> bool:
         """Whether all buckets of that reduction have been handed over here, or it has even ended."""
+        if decision["group"]:
+            return self.gpu.has_sent(decision)
         step, scope = decision["step"], decision["scope"]
         value = (tuple(decision["contributors"]), decision["tag"])
         if len(self.history) > step or self.results.get((step, scope)) == value:
             return True
+        return self.has_submitted(scope, decision["tag"])
+
+    def has_submitted(self, scope: int, tag: int) -> bool:
+        """Whether all buckets of that reduction, which goes on, have been handed over."""
         own = self.reductions.get(scope)
-        if own is None or own["tag"] != decision["tag"] or self.gradient is None:
+        if own is None or own["tag"] != tag or self.gradient is None:
             return False
         return self.buckets[scope] <= self.gradient.submitted
 
     def complete(self, scope: int) -> None:
         """The reduction of this scope has ended here."""
         decision = self.reductions.pop(scope)
+        if decision["group"]:
+            self.gpu.end(decision)
         step, contributors = decision["step"], decision["contributors"]
         value = (tuple(contributors), decision["tag"])
         kept_at_all = self.world.bug is None or self.world.bug.keeps

@@ -123,11 +123,18 @@ KINDS: dict[str, tuple[Callable[[Random], Plan], Run]] = {
 }
 
 
+def drawn(kind: str, seed: int) -> tuple[Plan, list[int]]:
+    """A plan and a schedule; one in four with GPUs."""
+    rng = Random(seed)
+    plan, choices = KINDS[kind][0](rng), random_choices(rng)
+    rng = Random(f"GPUs of {kind}, {seed}")  # one of its own: what is drawn above stays what it is without GPUs
+    return (control_plans.on_gpus(rng, plan) if rng.randrange(4) == 0 else plan), choices
+
+
 def run_seed(kind: str, seed: int, bug: Bug | None = None) -> None:
     """AssertionError, with the seed and a short schedule that fails in the same way, if an invariant is broken."""
-    plan_from, how = KINDS[kind]
-    rng = Random(seed)
-    plan, choices = plan_from(rng), random_choices(rng)
+    how = KINDS[kind][1]
+    plan, choices = drawn(kind, seed)
     try:
         how(plan, choices, bug)
     except AssertionError as error:

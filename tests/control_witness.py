@@ -34,6 +34,7 @@ class Witness:
         self.newest = dict.fromkeys(world.specs, 0)  # step that was decided, in a scope at least
         self.left: dict[Key, set[int]] = {}  # who has withdrawn after the decision
         self.attempts = 0
+        self.groupings = 0  # messages about groups of GPUs; when one is gone, what it served is begun anew
         self.excused: dict[Key, set[int]] = {}  # who could not contribute to it
         self.nonfinite: dict[Key, set[int]] = {}
         self.arrived: set[tuple[int, Key]] = set()
@@ -134,6 +135,8 @@ class Witness:
                 if body["attempt"] == 0:
                     self._answers(to, body, body["step"], body["scope"])
                 decisions.setdefault(body["tag"], (body, set()))[1].add(to)
+            elif body["message"] in ("Form", "Disband"):
+                self.groupings += 1
         for body, told in decisions.values():
             self._sent(body, told)
 
@@ -149,6 +152,7 @@ class Witness:
         """I4: what waits for a rank that is stopped has a fixed bound."""
         specs = self.world.specs.values()
         bound = sum(spec.scopes for spec in specs) * 2 * (1 + self.withdrawals + self.attempts) + 3 * len(specs) + 2
+        bound += self.groupings * (1 + sum(spec.scopes for spec in specs))
         bound += 5 * sum(spec.resyncs(self.world.size) for spec in specs)  # one Offer, a Dismiss for each copy, Resync
         check(length <= bound, f"I4: {length} messages wait for rank {to}, at most {bound} may")
 

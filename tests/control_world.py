@@ -1,9 +1,10 @@
 """A world of ranks around the real control layer, in which a schedule picks every single event.
 
 The coordinator and the members are the C++ state machines. Simulated are the network (one FIFO queue from each rank to
-the coordinator and one back), reductions that complete at each contributor by themselves, fetches, ranks that stop, and
-time. What a training thread does is a generator (tests/control_programs.py): it yields after each action, so that
-anything may happen in between. After every event the Witness and the Lines check the invariants; a broken one raises.
+the coordinator and one back), reductions that complete at each contributor by themselves, fetches, ranks that stop,
+GPUs (tests/control_gpus.py), and time. What a training thread does is a generator (tests/control_programs.py): it
+yields after each action, so that anything may happen in between. After every event the Witnesses and the Lines check
+the invariants; a broken one raises.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 from hvd_backup._core_testing import Coordinator, compose, describe
 
+from tests.control_gpus import GpuPlan, Gpus
+from tests.control_group_witness import GroupWitness
 from tests.control_rank import Applied, ChannelSpec, Line, Rank, check
 from tests.control_witness import Witness
 
@@ -27,6 +30,8 @@ class Bug:
 
     keeps = True  # journals are kept
     whole = True  # copies of a state are those of the step that is said
+    waits_for_others = True  # what is begun in a group ends once the others have begun it
+    in_order = True  # it is begun in the order of tags
 
     def to_coordinator(self, rank: int, body: dict[str, Any]) -> dict[str, Any]:
         return body
@@ -43,8 +48,10 @@ def composed(body: dict[str, Any]) -> bytes:
 class World:
     """`step(choice)` lets one event happen; `settle()` brings everything to its end."""
 
-    def __init__(self, size: int, specs: tuple[ChannelSpec, ...], bug: Bug | None = None) -> None:
-        """bug: one that is planted, to see that it is found (tests/control_bugs.py)."""
+    def __init__(
+        self, size: int, specs: tuple[ChannelSpec, ...], bug: Bug | None = None, gpus: GpuPlan | None = None
+    ) -> None:
+        """bug: one that is planted, to see that it is found (tests/control_bugs.py). gpus: None: no rank has one."""
         self.size = size
         self.bug = bug
         self.specs = {spec.name: spec for spec in specs}
@@ -57,6 +64,8 @@ class World:
         self._truth: dict[str, list[Applied]] = {}
         self.trainings = sum(spec.kind == "training" for spec in specs)
         self._witness = Witness(self)
+        self.gpus = Gpus(self, gpus) if gpus is not None else None
+        self._group_witness = GroupWitness(self) if gpus is not None else None
         self._deadline: int | None = None  # of the coordinator
 
     # --- for programs and lines ---
@@ -66,7 +75,11 @@ class World:
         line = self.ranks[rank].lines[name] = Line(self, rank, spec)
         options = {key: getattr(spec, key) for key in ("required", "grace_us", "max_misses", "max_lag", "resync")}
         kind = ["training", "collective"].index(spec.kind)
-        self.send(rank, compose("Open", name=name, kind=kind, options=options, wait_for_all=spec.wait_for_all))
+        on_device = self.gpus is not None
+        self.send(
+            rank,
+            compose("Open", name=name, kind=kind, options=options, wait_for_all=spec.wait_for_all, on_device=on_device),
+        )
         return line
 
     def send(self, rank: int, message: bytes) -> None:
@@ -116,6 +129,13 @@ class World:
         """Whether the rank goes on, and knows all that the coordinator has said."""
         return not self.ranks[rank].stopped and not self._to_member[rank]
 
+    def groups_replaced(self) -> bool:
+        """Whether a group of GPUs has come in the place of another one."""
+        return self._group_witness is not None and bool(self._group_witness.retired)
+
+    def name_of(self, channel: int) -> str:
+        return self._witness.names[channel]
+
     def _wake(self) -> None:
         for rank in self.ranks:
             rank.ready = True
@@ -158,6 +178,8 @@ class World:
             check(rank.left, f"I6: the program of rank {rank.rank} hangs")
             check(rank.all_gone, f"I6: rank {rank.rank} was not told that all have gone")
         self._witness.account()
+        if self._group_witness is not None:
+            self._group_witness.end()
 
     def text(self, last: int = 200) -> str:
         """The log's last entries: what happened when, and below it what was said and put on record."""
@@ -195,18 +217,26 @@ class World:
                 elif resync not in line.told_lost:
                     what = ("misses the state: rank", r, name, "of rank", server, "at step", resync["step"])
                     out.append((what, lambda line=line, resync=resync: self._at(line, lambda: line.lose(resync))))
+        if self.gpus is not None:
+            out += self.gpus.events_of(r)
+            if self.gpus.holds_up(r):
+                return out
         if rank.program is not None and rank.ready:
             out.append((("program goes on:", r), lambda: self._run(r)))
         return out
 
     def _rare_events(self, choice: int) -> list[Event]:
         """What makes it hard: time passes, ranks stop and go on (not rank 0, which coordinates)."""
-        out: list[Event] = [(("time passes",), self._pass_time)]
+        # To form a group takes long: it is given up less often than the other deadlines pass.
+        most_us = None if self.gpus is None or choice % 7 == 0 else 5_000_000
+        out: list[Event] = [(("time passes",), lambda: self._pass_time(most_us))]
         for rank in self.ranks[1:]:
             if rank.dead:
                 continue
             what = ("goes on: rank" if rank.stopped else "stops: rank", rank.rank)
             out.append((what, lambda rank=rank: self.stop(rank.rank, not rank.stopped, choice)))
+        if self.gpus is not None:
+            out += self.gpus.rare_events()
         return out
 
     def stop(self, r: int, stopped: bool, some: int) -> None:
@@ -234,8 +264,9 @@ class World:
 
     # --- events ---
 
-    def _pass_time(self) -> None:
-        self.now = max(self.now, self._deadline) if self._deadline is not None else self.now + 100 * EVENT_US
+    def _pass_time(self, most_us: int | None = None) -> None:
+        deadline = self._deadline if self._deadline is not None else self.now + 100 * EVENT_US
+        self.now = max(self.now, deadline if most_us is None else min(deadline, self.now + most_us))
 
     def _run(self, r: int) -> None:
         rank = self.ranks[r]
@@ -266,6 +297,9 @@ class World:
             rank.all_gone = True
         elif body["message"] == "Lost":
             rank.lost.add(body["rank"])
+        elif body["message"] in ("Form", "Disband"):
+            assert self.gpus is not None
+            self.gpus.of[r].hear(body)
         else:
             line = rank.lines[body["name"] if "name" in body else self._witness.names[body["channel"]]]
             line.receive(message, body)
@@ -277,6 +311,8 @@ class World:
         self._to_coordinator[r].clear()
         self._to_member[r].clear()
         self._witness.gone.add(r)
+        if self._group_witness is not None:
+            self._group_witness.lost(r)
         self.coordinator.lost(r, self.now)
         self._take_from_coordinator()
         self._wake()
@@ -290,6 +326,8 @@ class World:
             return
         self.log.append(body)
         self._witness.hear(r, body)
+        if self._group_witness is not None:
+            self._group_witness.hear(r, body)
         self.coordinator.receive(r, message, self.now)
         self._take_from_coordinator()
 
@@ -298,7 +336,10 @@ class World:
         replies, records = self.coordinator.take_replies(), self.coordinator.take_records()
         self.log += records
         self._witness.records(records)
-        self._witness.replies([(to, describe(message)) for to, message in replies])
+        described = [(to, describe(message)) for to, message in replies]
+        self._witness.replies(described)
+        if self._group_witness is not None:
+            self._group_witness.said(records, described)
         for to, message in replies:
             if self.ranks[to].found_dead:
                 continue
