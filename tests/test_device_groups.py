@@ -202,6 +202,7 @@ def test_a_group_in_which_all_wait_for_each_other_is_disbanded() -> None:
             said += group.talk.say(to, "Progress", step=0)
     assert of_kind(said, "Disband")
     assert [(body["attempt"], body["group"]) for _, body in of_kind(said, "Decision")] == [(1, 0)] * 2
+    assert "wait for each other without end" in group.talk.coordinator.take_news()[-1]
 
 
 def test_who_does_not_form_its_group_in_time_is_left_out_until_it_arrives() -> None:

@@ -118,7 +118,7 @@ bool ChannelBook::watch(Slot& slot, TimeUs now) {
   if (suspicion.look_again) look_again(*suspicion.look_again);
   if (suspicion.ranks.empty()) {
     if (decision.group == 0) return false;
-    if (now - slot.attempt.began() >= group_patience_us) out_.groups.broken(decision.group, now);
+    if (now - slot.attempt.began() >= group_patience_us) out_.groups.hangs(decision.group, now);
     look_again(std::max(now, slot.attempt.began() + group_patience_us));
     return false;
   }
@@ -223,9 +223,9 @@ void ChannelBook::disbanded(GroupId group, TimeUs now) {
 }
 
 bool ChannelBook::is_served_by(GroupId group) const {
-  return std::any_of(slots_.begin(), slots_.end(), [group](const auto& entry) {
-    return is_in_work(entry.second) && entry.second.decision->group == group;
-  });
+  return failure_.empty() && std::any_of(slots_.begin(), slots_.end(), [group](const auto& entry) {
+           return is_in_work(entry.second) && entry.second.decision->group == group;
+         });
 }
 
 // The others go on without this contributor, for which it counts as late.

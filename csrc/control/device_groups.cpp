@@ -61,6 +61,14 @@ void DeviceGroups::broken(GroupId group, TimeUs now) {
   settle(now);
 }
 
+void DeviceGroups::hangs(GroupId group, TimeUs now) {
+  const auto found = members_.find(group);
+  if (found == members_.end()) return;
+  news_.push_back("the GPUs of " + in_words(found->second) + " wait for each other without end: their group is left");
+  ++failures_;
+  broken(group, now);
+}
+
 void DeviceGroups::dismiss(GroupId group) {
   retired_.erase(group);
   if (const auto found = members_.find(group); found != members_.end()) {

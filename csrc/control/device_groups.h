@@ -39,8 +39,9 @@ class DeviceGroups {
   // The others go on without this rank, which had been contributing; and: it has arrived again.
   void stopped(int rank, TimeUs now);
   void back(int rank, TimeUs now);
-  // What it was to do will not end.
+  // What it was to do will not end: without one of its members; or nobody knows why.
   void broken(GroupId group, TimeUs now);
+  void hangs(GroupId group, TimeUs now);
 
   void tick(TimeUs now);
   std::optional<TimeUs> next_deadline() const;

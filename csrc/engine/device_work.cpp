@@ -136,7 +136,7 @@ void DeviceWork::fail(GroupId id, const std::string& reason) {
   if (found == groups_.end() || found->second.failed) return;
   Group& group = found->second;
   group.failed = true;
-  group.queue.clear();
+  std::erase_if(announced_, [id](const auto& each) { return each.second.group == id; });
   if (group.group) group.group->abort();
   for (const auto& op : in_groups_) {
     if (op->id != id || op->over) continue;
@@ -149,7 +149,7 @@ void DeviceWork::fail(GroupId id, const std::string& reason) {
 
 void DeviceWork::announce(GroupId id, Tag tag) {
   const auto found = groups_.find(id);
-  if (found != groups_.end() && !found->second.failed) found->second.queue.emplace(tag, nullptr);
+  if (found != groups_.end() && !found->second.failed) announced_.emplace(tag, Announced{id, nullptr});
 }
 
 std::shared_ptr<RunningAllreduce> DeviceWork::start_in_group(GroupId id, Tag tag, const std::vector<int>& ranks,
@@ -168,7 +168,7 @@ std::shared_ptr<RunningAllreduce> DeviceWork::start_in_group(GroupId id, Tag tag
     options.members.push_back(static_cast<int>(member - group.members.begin()));
   }
   op->allreduce.emplace(device_, *group.group, std::move(options), ready);
-  group.queue[tag] = op;
+  announced_[tag] = {id, op};
   in_groups_.push_back(op);
   return op;
 }
@@ -200,36 +200,40 @@ void DeviceWork::drain() {
 }
 
 // Whether anything has happened.
-bool DeviceWork::go_on(GroupId id, Group& group) {
+bool DeviceWork::look_after(GroupId id, Group& group) {
   if (group.failed) return false;
   const DeviceGroup::State state = group.group->state();
   if (state == DeviceGroup::State::failed) {
     abort(id, group.group->reason());
     return true;
   }
-  if (state == DeviceGroup::State::busy) return false;
-  bool worked = !group.formed;
-  if (!std::exchange(group.formed, true)) answers_.push_back(Formed{id, ""});
-  while (!group.queue.empty()) {
-    const auto first = group.queue.begin();
-    if (first->second && first->second->over) {
-      group.queue.erase(first);
-      continue;
+  if (state == DeviceGroup::State::busy || std::exchange(group.formed, true)) return false;
+  answers_.push_back(Formed{id, ""});
+  return true;
+}
+
+// What comes first, as far as it can. Whether there was anything.
+bool DeviceWork::put_into_queue() {
+  bool worked = false;
+  while (!announced_.empty()) {
+    const auto first = announced_.begin();
+    const std::shared_ptr<InGroup> op = first->second.op;
+    if (!op) break;  // its bucket is not here yet
+    if (!op->over) {
+      if (!op->allreduce->go_on()) break;
+      worked = true;
+      if (op->begun == 0) op->begun = ++begun_;
+      if (!op->allreduce->issued()) break;  // its group is at work, and asked again next time
     }
-    if (!first->second) break;  // its bucket is not here yet
-    DeviceAllreduce& allreduce = *first->second->allreduce;
-    if (!allreduce.go_on()) break;
-    worked = true;
-    if (first->second->begun == 0) first->second->begun = ++begun_;
-    if (!allreduce.issued()) break;  // the group is at work, and asked again next time
-    group.queue.erase(first);
+    announced_.erase(first);
   }
   return worked;
 }
 
 bool DeviceWork::progress() {
   bool worked = false;
-  for (auto& [id, group] : groups_) worked = go_on(id, group) || worked;
+  for (auto& [id, group] : groups_) worked = look_after(id, group) || worked;
+  worked = put_into_queue() || worked;
   std::vector<OnDone> done;
   std::erase_if(in_groups_, [&](const auto& op) {
     const bool complete = !op->over && op->allreduce->complete();

@@ -58,17 +58,24 @@ class DeviceWork {
     std::vector<int> members;  // ranks
     bool formed = false;
     bool failed = false;
-    std::map<Tag, std::shared_ptr<InGroup>> queue;  // announced, and not issued; null until it is started
+  };
+
+  // Of all groups, in one order: two GPUs that begin with those of different groups would wait for each other.
+  struct Announced {
+    GroupId group = 0;
+    std::shared_ptr<InGroup> op;  // null until it is started
   };
 
   void abort(GroupId id, const std::string& reason);
   void fail(GroupId id, const std::string& reason);
-  bool go_on(GroupId id, Group& group);
+  bool look_after(GroupId id, Group& group);
+  bool put_into_queue();
   void drain();
 
   Device& device_;
   const int rank_;
   std::map<GroupId, Group> groups_;
+  std::map<Tag, Announced> announced_;             // and not issued
   std::list<std::shared_ptr<InGroup>> in_groups_;  // not complete
   std::list<std::shared_ptr<ThroughHost>> through_host_;
   std::vector<Formed> answers_;
