@@ -112,22 +112,21 @@ class Gpu:
             self._fail(other, f"rank {self.rank} empties its queue")
 
     def go_on(self) -> None:
-        """Begins what can be: in each group in the order of tags, so what is not handed over yet holds up the rest."""
+        """Begins what can be: in all groups together in the order of tags, so what is not handed over yet holds up the
+        rest."""
         bug = self.gpus.world.bug
-        for group, here in self.groups.items():
-            if not here.formed or here.failed:
-                continue
-            for tag in sorted(here.waiting):
-                line, scope = here.waiting[tag]
-                if not line.has_submitted(scope, tag):
-                    if bug is not None and not bug.in_order:
-                        continue
-                    break
-                del here.waiting[tag]
-                later = [other for where, other in self.begun if where == group and other > tag]
-                check(not later, f"rank {self.rank} begins {tag} in group {group} after {later}")
-                self.queue.append((group, tag))
-                self.begun.append((group, tag))
+        at_hand = [(tag, group) for group, here in self.groups.items() if here.formed for tag in here.waiting]
+        for tag, group in sorted(at_hand):
+            line, scope = self.groups[group].waiting[tag]
+            if not line.has_submitted(scope, tag):
+                if bug is not None and not bug.in_order:
+                    continue
+                break
+            del self.groups[group].waiting[tag]
+            later = [other for _, other in self.begun if other > tag]
+            check(not later, f"rank {self.rank} begins {tag} after {later}")
+            self.queue.append((group, tag))
+            self.begun.append((group, tag))
 
     def has_sent(self, decision: Body) -> bool:
         """It is at work here, or has ended."""
