@@ -21,6 +21,7 @@
 #include "bindings/gpu_arguments.h"
 #include "bindings/testing.h"
 #include "device/device.h"
+#include "device/shared_blocks.h"
 #include "kernels/weighted_sum.h"
 
 namespace nb = nanobind;
@@ -143,6 +144,19 @@ class HostDevice final : public Device {
     return scratch_.back().get();
   }
 
+  // An exchange of a group that is not one of HostGroup takes memory once.
+  std::shared_ptr<std::byte> memory(std::size_t bytes) override {
+    if (++exchanges == failing_exchange) throw RuntimeFailure("told to fail");
+    auto block = blocks_->take(bytes);
+    std::byte* const data = block.get();
+    ++*in_use;
+    return {data, [block, in_use = in_use](std::byte*) mutable {
+              block.reset();
+              --*in_use;
+            }};
+  }
+  void as_current(const std::function<void()>& body) override { body(); }
+
   Mark mark() override { return put_; }
   bool reached(Mark mark) override {
     for (int n = static_cast<int>(random_() % 4); n > 0 && !queue_.empty() && !hangs; --n) {
@@ -168,6 +182,7 @@ class HostDevice final : public Device {
   }
 
   std::atomic<int> copies = 0, sums = 0, groups = 0, exchanges = 0, aborts = 0;
+  const std::shared_ptr<std::atomic<int>> in_use = std::make_shared<std::atomic<int>>(0);  // blocks of memory()
   std::atomic<bool> hangs = false;        // nothing of the queue is done
   std::atomic<int> failing_exchange = 0;  // the group fails at the exchange with this number
 
@@ -178,6 +193,10 @@ class HostDevice final : public Device {
   std::deque<std::function<bool()>> queue_;
   Mark put_ = 0, ended_ = 0;
   std::vector<std::unique_ptr<std::byte[]>> scratch_;
+  // What is given back is used again, though something may still use it, so that a test finds that.
+  const std::shared_ptr<SharedBlocks> blocks_ = std::make_shared<SharedBlocks>([](std::size_t bytes) {
+    return std::shared_ptr<std::byte>(new std::byte[bytes], std::default_delete<std::byte[]>());
+  });
 };
 
 HostGroup::HostGroup(HostDevice& device, std::string name, int member, int members)
@@ -271,6 +290,7 @@ void register_device(nb::module_& module) {
       .def_prop_ro("groups", [](const HostDevice& self) { return self.groups.load(); })
       .def_prop_ro("exchanges", [](const HostDevice& self) { return self.exchanges.load(); })
       .def_prop_ro("aborts", [](const HostDevice& self) { return self.aborts.load(); })
+      .def_prop_ro("in_use", [](const HostDevice& self) { return self.in_use->load(); })
       .def_prop_rw(
           "hangs", [](const HostDevice& self) { return self.hangs.load(); },
           [](HostDevice& self, bool value) { self.hangs = value; })

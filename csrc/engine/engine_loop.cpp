@@ -153,8 +153,9 @@ void Engine::rest(std::unique_lock<std::mutex>& lock, std::condition_variable& c
 
 // One round: completes transfers, takes messages, does what has become possible. True when there was anything.
 bool Engine::turn() {
-  bool worked = transport_->progress();
-  if (DeviceWork* device = the_device()) worked = device->progress() || worked;
+  DeviceWork* const device = the_device();
+  bool worked = device != nullptr ? device->progress_of(*transport_) : transport_->progress();
+  if (device != nullptr) worked = device->progress() || worked;
   const TimeUs now = monotonic_us();
   for (const int rank : transport_->take_lost()) lose(rank, now);
   int from = 0;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "device/shared_blocks.h"
 #include "gpu/cuda_handle.h"
 #include "gpu/kernels.h"
 
@@ -74,6 +75,13 @@ class CudaDevice final : public Device {
     return static_cast<std::byte*>(scratch_.at_least(bytes));
   }
 
+  std::shared_ptr<std::byte> memory(std::size_t bytes) override { return blocks_->take(bytes); }
+
+  void as_current(const std::function<void()>& body) override {
+    const OnDevice here(device_);
+    body();
+  }
+
   Mark mark() override {
     const OnDevice here(device_);
     Event event = events_->take();
@@ -117,6 +125,8 @@ class CudaDevice final : public Device {
   const std::shared_ptr<const Nccl> nccl_;
   OwnStream stream_;
   StreamMemory scratch_;
+  const std::shared_ptr<SharedBlocks> blocks_ =
+      std::make_shared<SharedBlocks>([device = device_](std::size_t bytes) { return shareable_memory(device, bytes); });
   const std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
   std::deque<Event> marks_;  // those that are not known to be reached, in the order of the queue
   Mark reached_ = 0;
