@@ -3,7 +3,9 @@
 //
 // Addresses on it may be given with the bit `disguise` set: whoever else uses them crashes.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
@@ -15,14 +17,17 @@
 #include <functional>
 #include <mutex>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "base/error.h"
 #include "bindings/gpu_arguments.h"
 #include "bindings/testing.h"
+#include "collective/transport_group.h"
 #include "device/device.h"
 #include "device/shared_blocks.h"
 #include "kernels/weighted_sum.h"
+#include "transport/in_process.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -72,6 +77,8 @@ struct Point {
 };
 
 class HostDevice;
+
+using Described = std::tuple<int, Address, std::size_t>;  // a part of an exchange: peer, address, bytes
 
 class HostGroup final : public DeviceGroup {
  public:
@@ -272,6 +279,40 @@ void HostGroup::abort() {
   for (const auto& exchange : at_work_) exchange->aborted = true;
 }
 
+// A TransportGroup by itself, and the transport that it uses.
+class GroupThroughTransport {
+ public:
+  GroupThroughTransport(HostDevice& device, std::shared_ptr<Hub> hub, int rank, Tag tag, std::vector<int> members)
+      : transport_(make_in_process_transport(std::move(hub), rank)),
+        group_(device, *transport_, tag, std::move(members)) {}
+
+  const char* state() {
+    switch (group_.state()) {
+      case DeviceGroup::State::busy:
+        return "busy";
+      case DeviceGroup::State::ready:
+        return "ready";
+      case DeviceGroup::State::failed:
+        return "failed";
+    }
+    return "";
+  }
+  std::string reason() const { return group_.reason(); }
+  void exchange(const std::vector<Described>& sends, const std::vector<Described>& receives) {
+    std::vector<DeviceGroup::Part> parts;
+    for (const auto& [peer, data, bytes] : sends) parts.push_back({peer, pointer<std::byte>(data), bytes, true});
+    for (const auto& [peer, data, bytes] : receives) parts.push_back({peer, pointer<std::byte>(data), bytes, false});
+    group_.exchange(parts);
+  }
+  void abort() { group_.abort(); }
+  void progress() { transport_->progress(); }
+  std::size_t pending() const { return transport_->pending(); }
+
+ private:
+  std::unique_ptr<Transport> transport_;
+  TransportGroup group_;
+};
+
 }  // namespace
 
 void register_device(nb::module_& module) {
@@ -297,6 +338,15 @@ void register_device(nb::module_& module) {
       .def_prop_rw(
           "failing_exchange", [](const HostDevice& self) { return self.failing_exchange.load(); },
           [](HostDevice& self, int value) { self.failing_exchange = value; });
+  nb::class_<GroupThroughTransport>(module, "GroupThroughTransport")
+      .def(nb::init<HostDevice&, std::shared_ptr<Hub>, int, Tag, std::vector<int>>(), "device"_a, "hub"_a, "rank"_a,
+           "tag"_a, "members"_a, nb::keep_alive<1, 2>())
+      .def_prop_ro("state", &GroupThroughTransport::state)
+      .def_prop_ro("reason", &GroupThroughTransport::reason)
+      .def("exchange", &GroupThroughTransport::exchange, "sends"_a, "receives"_a)
+      .def("abort", &GroupThroughTransport::abort)
+      .def("progress", &GroupThroughTransport::progress)
+      .def_prop_ro("pending", &GroupThroughTransport::pending);
 }
 
 }  // namespace hvd_backup
