@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_backup import _core_testing as core
+from tests.compiled import shared_library
 from tests.launch import run_ranks, start_ranks
 from tests.rank_main import mark
 from tests.threads import run_threads
@@ -477,6 +478,20 @@ def test_all_ranks_agree_whether_mpi_takes_device_memory() -> None:
     assert over_mpi().takes_device_memory == core.mpi_says_it_takes_device_memory()
 
 
+SAYS_YES = 'extern "C" int MPIX_Query_cuda_support() { return 1; }'
+ASK = """
+from hvd_backup import _core_testing as core
+from mpi4py import MPI
+result = core.Endpoint.over_mpi(MPI._addressof(MPI.COMM_WORLD)).takes_device_memory
+"""
+
+
+def test_mpi_is_asked_whether_it_takes_device_memory(tmp_path: Path) -> None:
+    (source := tmp_path / "says_yes.cpp").write_text(SAYS_YES)
+    library = shared_library(source, tmp_path)
+    assert run_ranks(2, ASK, env={"LD_PRELOAD": str(library)}) == [True, True]
+
+
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 1000])
 @pytest.mark.ranks(3)
 def test_device_transfers_over_mpi(piece_bytes: int) -> None:
@@ -520,6 +535,7 @@ def test_device_transfers_that_are_given_up_over_mpi(nbytes: int) -> None:
         device_send(end, 1, late, data, log, "unwanted")
         end.give_up_device(late)
         assert end.pending == 1, "of the other tag"
+        assert sys.getrefcount(data) > unowned[0], "what is sent may still be read"
         wait_until(end, lambda: sys.getrefcount(into) == unowned[1])
     barrier()
     if end.rank == 1:
