@@ -12,16 +12,20 @@ class CoreUsageError(CoreError): ...
 class Hub:
     """Connects `size` engines inside one process, each run by its own thread (tests, and trying things out)."""
 
-    def __init__(self, size: int) -> None: ...
+    def __init__(self, size: int, takes_device_memory: bool = False) -> None:
+        """takes_device_memory: host memory stands for a GPU's."""
 
 class Engine:
     @staticmethod
-    def over_mpi(comm: int, trace: str = "", timeline: str = "", stall_check_us: int = 0) -> Engine:
+    def over_mpi(
+        comm: int, trace: str = "", timeline: str = "", stall_check_us: int = 0, host_for_device: bool = False
+    ) -> Engine:
         """Collective over the MPI communicator whose `MPI_Comm` lies at address `comm`; it is duplicated, never used.
 
         trace, timeline: files to which rank 0 writes what its coordinator records: as JSON lines (docs/trace.md), and
         as a Chrome trace; empty: none. stall_check_us: after so many microseconds without progress rank 0 says who
-        waits for whom; 0: never.
+        waits for whom; 0: never. host_for_device: for tests in which host memory stands for a GPU's, the same on all
+        ranks.
         """
 
     @staticmethod
@@ -69,8 +73,15 @@ class Engine:
         wait_for_all: return only when all ranks have opened it (so that differences are found before the first step).
         """
 
-    def use_device(self, device: Any) -> None:
-        """The GPU of this rank (a `_gpu.Device`), once, before a channel with buckets on it is opened."""
+    def use_device(self, device: Any, means: str = "nccl") -> None:
+        """The GPU of this rank (a `_gpu.Device`), once, before a channel with buckets on it is opened.
+
+        means: by which data go from GPU to GPU: "nccl", or "mpi" where takes_device_memory.
+        """
+
+    @property
+    def takes_device_memory(self) -> bool:
+        """Whether MPI says on all ranks that it takes GPU memory (is CUDA-aware)."""
 
     @property
     def device(self) -> Any:

@@ -99,8 +99,10 @@ class Config:
         horovod="HOROVOD_STALL_CHECK_TIME_SECONDS",
     )  # fmt: skip
     data_plane: str = _option(
-        "auto", "gradients on GPUs travel by `nccl`, or through `host` memory; `auto`: by NCCL where that can be",
-        values_of.one_of("auto", "nccl", "host"),
+        "auto",
+        "gradients on GPUs travel by `nccl`, by CUDA-aware `mpi`, or through `host` memory; `auto`: by the first of "
+        "these that can be",
+        values_of.one_of("auto", "nccl", "mpi", "host"),
     )  # fmt: skip
     nccl_library: str = _option("", "NCCL's library (libnccl.so.2), where it is not found by name", values_of.path)
     delay: str = _option("", "artificial delays, such as `rank=3,ms=200,p=0.3` (hvd_backup.faults)", values_of.delay)

@@ -3,6 +3,8 @@ anew, and nobody ever waits for one. Said by hand to the real coordinator, with 
 
 from typing import Any
 
+import pytest
+
 from tests.control_talk import Said, Talk
 
 REST_US = 5_000_000
@@ -26,10 +28,12 @@ class Group:
             self.talk.say(rank, "Open", name="it", kind=0, options=options, on_device=on_device)
         self.ranks = range(size)
 
-    def all_can(self, **why_not: str) -> Said:
+    def all_can(self, *means: str, **why_not: str) -> Said:
+        """means: of each rank; "nccl" if none are given."""
         said: Said = []
         for rank in self.ranks:
-            said += self.talk.say(rank, "CanGroup", why_not=why_not.get(f"rank{rank}", ""))
+            by = means[rank] if means else "nccl"
+            said += self.talk.say(rank, "CanGroup", why_not=why_not.get(f"rank{rank}", ""), means=by)
         return said
 
     def formed(self, group: int, *ranks: int) -> Said:
@@ -82,15 +86,41 @@ def test_a_group_of_all_serves_once_all_have_formed_it() -> None:
 
 def test_nothing_is_formed_before_all_have_said_whether_they_can() -> None:
     group = Group(3)
-    assert not group.talk.say(0, "CanGroup", why_not="")
-    assert not group.talk.say(2, "CanGroup", why_not="")
-    said = group.talk.say(1, "CanGroup", why_not="no NCCL")
+    assert not group.talk.say(0, "CanGroup", means="nccl")
+    assert not group.talk.say(2, "CanGroup", means="nccl")
+    said = group.talk.say(1, "CanGroup", why_not="no NCCL", means="nccl")
     assert [(to, body["members"]) for to, body in of_kind(said, "Form")] == [(0, [0, 2]), (2, [0, 2])]
     assert group.talk.coordinator.take_news() == ["rank 1 cannot exchange data between GPUs directly: no NCCL"]
     group.formed(1, 0, 2)
     assert group.decide(0, 0, 1)["group"] == 0
     group.finish(0, 0, 1)
     assert group.decide(1, 0, 2)["group"] == 1
+
+
+def test_a_group_by_mpi_needs_no_name() -> None:
+    group = Group(3)
+    forms = of_kind(group.all_can("mpi", "mpi", "mpi"), "Form")
+    assert [(to, body["name"]) for to, body in forms] == [(0, ""), (1, ""), (2, "")]
+    group.formed(1)
+    assert group.decide(0, 0, 1)["group"] == 1
+    assert group.talk.coordinator.take_news() == ["the GPUs of ranks 0, 1, 2 exchange data directly (CUDA-aware MPI)"]
+
+
+@pytest.mark.parametrize(
+    ("means", "members", "name"),
+    [(("nccl", "mpi", "nccl"), [0, 2], "a new group"), (("mpi", "nccl", "mpi"), [0, 2], ""), (("mpi", "nccl"), [], "")],
+)
+def test_a_group_is_of_those_with_the_means_of_the_lowest_that_can(
+    means: tuple[str, ...], members: list[int], name: str
+) -> None:
+    group = Group(len(means))
+    forms = of_kind(group.all_can(*means), "Form")
+    assert [(to, body["members"], body["name"]) for to, body in forms] == [(to, members, name) for to in members]
+    (told,) = group.talk.coordinator.take_news()
+    words = {"nccl": "NCCL", "mpi": "CUDA-aware MPI"}
+    assert told == (
+        f"rank 1 cannot exchange data between GPUs directly: it can by {words[means[1]]}, rank 0 by {words[means[0]]}"
+    )
 
 
 def test_one_that_can_is_no_group() -> None:

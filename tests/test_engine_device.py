@@ -1,6 +1,6 @@
 """The engine with gradients on a GPU: ranks as threads, and in the GPU's place one whose memory is the host's, whose
 queue runs late, and whose groups exchange files (csrc/bindings/testing_device.cpp). Whoever uses its addresses without
-it crashes.
+it crashes. By MPI instead, groups exchange its memory through the transport.
 
 Rank r contributes 2^r times an element's number, so a result names its contributors.
 """
@@ -44,10 +44,12 @@ class DeviceStream:
         self.channel.set_results([r.ctypes.data for r in [*self.received, self.mean]])
         self.channel.measure(3)
         self.applied: list[tuple[int, tuple[int, ...]]] = []
+        self.direct = False  # the last update of this rank's own was summed on its GPU
         self.last = ""
 
     def step(self, pause: Callable[[], object] = lambda: None) -> None:
         """pause: called between the first bucket and the second."""
+        sums = self.device.sums
         self.channel.begin(1.0, b"from %d" % self.rank)
         for bucket, numbers in enumerate(NUMBERS):
             if bucket == 1:
@@ -65,15 +67,19 @@ class DeviceStream:
             )
         self.scalar[0] = 2.0**self.rank
         self.channel.submit(3, self.scalar.ctypes.data, self.mean.ctypes.data)
-        self.take()
+        if self.take():
+            self.direct = self.device.sums > sums
 
-    def take(self) -> None:
-        """Takes updates until this rank's own, or until there is nothing more to take; each must be what it says."""
+    def take(self) -> bool:
+        """Takes updates until this rank's own, or until there is nothing more to take; each must be what it says.
+
+        Returns whether it was its own.
+        """
         while True:
             update = self.channel.wait()
             self.last = update.kind
             if update.kind != "update":
-                return
+                return False
             ranks = update.contributors[0]
             mean = np.float32(sum(2.0**r for r in ranks)) * np.float32(1 / len(ranks))
             for result, numbers in zip(
@@ -84,7 +90,7 @@ class DeviceStream:
             assert self.mean[0] == pytest.approx(mean)
             self.applied.append((update.step, tuple(ranks)))
             if update.contributed:
-                return
+                return True
 
     def leave(self) -> None:
         self.channel.leave()
@@ -112,12 +118,16 @@ def until(condition: Callable[[], bool], step: Callable[[], None]) -> None:
         step()
 
 
+both_means = pytest.mark.parametrize("means", ["nccl", "mpi"])
+
+
 def train(
     size: int,
     folder: Path,
     body: Callable[[DeviceStream, list[Any]], None],
     why_no_groups: str = "",
     trace: str = "",
+    means: str = "nccl",
     **options: Any,
 ) -> Any:
     """Runs body(stream, all devices) on each rank, then leaves. Returns streams and devices."""
@@ -126,24 +136,28 @@ def train(
 
     def run(engine: Any) -> DeviceStream:
         device = on[engine.rank]
-        engine.use_device(device)
+        engine.use_device(device, means)
         stream = DeviceStream(engine, device=device, **options)
         body(stream, on)
         stream.leave()
         return stream
 
-    return spawn(size, run, trace=trace), on
+    return spawn(size, run, trace=trace, takes_device_memory=means == "mpi"), on
 
 
+@both_means
 @pytest.mark.parametrize("arrive", ["first", "last"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_gpus_exchange_data_directly_once_their_group_is_formed(size: int, arrive: str, tmp_path: Path) -> None:
+def test_gpus_exchange_data_directly_once_their_group_is_formed(
+    size: int, arrive: str, means: str, tmp_path: Path
+) -> None:
     def body(stream: DeviceStream, on: list[Any]) -> None:
         until(lambda: all(device.exchanges >= 20 for device in on), stream.step)
 
-    streams, on = train(size, tmp_path, body, arrive=arrive)
+    streams, on = train(size, tmp_path, body, means=means, arrive=arrive)
     equal_histories(streams)
     assert all(device.sums >= 10 for device in on), "each was the sum of a shard"
+    assert all(device.groups == (means == "nccl") for device in on)
 
 
 @pytest.mark.parametrize("automatic", [False, True])
@@ -193,7 +207,8 @@ def test_without_groups_gradients_go_through_host_memory(tmp_path: Path) -> None
     assert all(device.groups == device.exchanges == 0 and device.copies > 0 for device in on)
 
 
-def test_i1_a_late_rank_fetches_what_gpus_have_exchanged_from_host_memory(tmp_path: Path) -> None:
+@both_means
+def test_i1_a_late_rank_fetches_what_gpus_have_exchanged_from_host_memory(means: str, tmp_path: Path) -> None:
     gone_by, back = threading.Event(), threading.Event()
 
     def body(stream: DeviceStream, on: list[Any]) -> None:
@@ -215,11 +230,14 @@ def test_i1_a_late_rank_fetches_what_gpus_have_exchanged_from_host_memory(tmp_pa
 
         until(back.is_set, step)
 
-    streams, _ = train(4, tmp_path, body)
+    streams, _ = train(4, tmp_path, body, means=means)
     equal_histories(streams)
 
 
-def test_a_group_that_fails_is_left_and_its_attempts_are_begun_anew_through_host_memory(tmp_path: Path) -> None:
+@both_means
+def test_a_group_that_fails_is_left_and_its_attempts_are_begun_anew_through_host_memory(
+    means: str, tmp_path: Path
+) -> None:
     def body(stream: DeviceStream, on: list[Any]) -> None:
         if stream.rank == 1:
             stream.device.failing_exchange = 7
@@ -227,33 +245,44 @@ def test_a_group_that_fails_is_left_and_its_attempts_are_begun_anew_through_host
         for _ in range(10):
             stream.step()
 
-    streams, on = train(3, tmp_path, body)
+    streams, on = train(3, tmp_path, body, means=means)
     equal_histories(streams)
-    assert on[1].exchanges == 7 and all(device.aborts for device in (on[0], on[2]))
+    assert on[1].exchanges == 7 and not any(stream.direct for stream in streams)
+    assert means == "mpi" or all(device.aborts for device in (on[0], on[2]))
 
 
-def test_i4_a_contributor_that_stops_amid_its_backward_pass_is_replaced_and_its_group_aborted(tmp_path: Path) -> None:
-    gone_by = threading.Event()
+@both_means
+def test_i4_a_contributor_that_stops_amid_its_backward_pass_is_replaced_and_its_group_aborted(
+    means: str, tmp_path: Path
+) -> None:
+    gone_by, back = threading.Event(), threading.Event()
+    in_group: set[int] = set()
 
     def body(stream: DeviceStream, on: list[Any]) -> None:
-        until(lambda: all(device.exchanges >= 6 for device in on), stream.step)
+        def step() -> None:
+            stream.step()
+            in_group.update({stream.rank} if stream.direct else {})
+
+        until(lambda: len(in_group) == 3, step)
         if stream.rank == 2:
             stream.step(pause=lambda: gone_by.wait(30))
-        until(lambda: all(device.aborts for device in on[:2]), stream.step)
+        until(lambda: not stream.direct, stream.step)
         for _ in range(5):
             stream.step()
-        gone_by.set()
-        until(lambda: on[2].aborts > 0, stream.step)
+        (back if stream.rank == 2 else gone_by).set()
+        until(lambda: back.is_set() and not any(device.in_use for device in on), stream.step)
         for _ in range(5):
             stream.step()
 
-    streams, on = train(3, tmp_path, body)
+    streams, on = train(3, tmp_path, body, means=means)
     equal_histories(streams)
-    assert all(device.groups == 1 for device in on)  # until they have rested: see test_device_groups.py
+    if means == "nccl":
+        assert all(device.groups == device.aborts == 1 for device in on)  # until they have rested
 
 
+@both_means
 @pytest.mark.parametrize("seed", range(4))
-def test_i1_under_random_delays_and_drops(seed: int, tmp_path: Path) -> None:
+def test_i1_under_random_delays_and_drops(seed: int, means: str, tmp_path: Path) -> None:
     def body(stream: DeviceStream, on: list[Any]) -> None:
         chance = random.Random(seed * 10 + stream.rank)
         for _ in range(60):
@@ -261,7 +290,7 @@ def test_i1_under_random_delays_and_drops(seed: int, tmp_path: Path) -> None:
                 time.sleep(chance.random() * 0.02)
             stream.step()
 
-    streams, _ = train(4, tmp_path, body, required=2)
+    streams, _ = train(4, tmp_path, body, means=means, required=2)
     equal_histories(streams)
 
 
@@ -277,6 +306,11 @@ def test_what_does_not_fit_the_layout_is_an_error(tmp_path: Path) -> None:
     hub = _core.Hub(1)
     engine = _core.Engine.in_process(hub, 0)
     (device,) = devices(tmp_path, 1)
+    with pytest.raises(UsageError, match="by 'nccl' or 'mpi', given 'gloo'"):
+        engine.use_device(device, "gloo")
+    assert not engine.takes_device_memory
+    with pytest.raises(UsageError, match="MPI: it does not take GPU memory on all ranks"):
+        engine.use_device(device, "mpi")
     engine.use_device(device)
     with pytest.raises(UsageError, match="uses a GPU already"):
         engine.use_device(device)

@@ -68,7 +68,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "Leave": {"channel": unsigned, "round": int32},
     "Pause": {},
     "Join": {},
-    "CanGroup": {"why_not": text},
+    "CanGroup": {"why_not": text, "means": text},
     "Formed": {"group": int64, "failure": text},
     "Exit": {"failure": text},
     "Opened": {"name": text, "channel": unsigned, "proposal": text, "measured": st.booleans()},

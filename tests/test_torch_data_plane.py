@@ -1,22 +1,26 @@
 """Gradients that go from GPU to GPU: which do, and what happens when a rank stops or dies amid an exchange.
 
 The GPUs are stand-ins whose memory is the host's (csrc/bindings/testing_device.cpp), so ranks are real processes, and
-what they exchange are files in a folder.
+what they exchange are files in a folder; or, by CUDA-aware MPI, messages of the MPI that is here.
 """
 
+import functools
 import os
 import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hvd_backup._core_testing import HostDevice
 
 import hvd_backup.torch as hvd
+from hvd_backup import _core, context
 from hvd_backup.errors import ConfigError
+from hvd_backup.torch import data_plane
 from tests.delayed_transfers import DelayedTransfers, use
 from tests.launch import run_ranks, start_ranks
 from tests.rank_main import mark
@@ -25,6 +29,13 @@ from tests.torch_training import batch, digest, loss_of, make_model
 STEPS = 150
 STOPS = 3
 STOPPED_S = 0.4
+
+
+def init(takes_gpu_memory: bool) -> None:
+    """takes_gpu_memory: what MPI says."""
+    over_mpi = functools.partial(_core.Engine.over_mpi, host_for_device=takes_gpu_memory)
+    with mock.patch.object(context, "_core", mock.Mock(Engine=mock.Mock(over_mpi=over_mpi))):
+        hvd.init()
 
 
 def on_a_gpu(folder: str, why_no_groups: str = "") -> HostDevice:
@@ -49,8 +60,9 @@ def train(optimizer: Any, model: torch.nn.Module, device: HostDevice, steps: int
             mark("exchanged")
 
 
-def train_while_one_stops(folder: str) -> dict[str, Any]:
-    hvd.init()
+def train_while_one_stops(folder: str, plane: str) -> dict[str, Any]:
+    os.environ["HVD_BACKUP_DATA_PLANE"] = plane
+    init(takes_gpu_memory=True)
     device, model = on_a_gpu(folder), make_model()
     optimizer = make_optimizer(model)
     train(optimizer, model, device, STEPS, pause_s=0.005 + 0.005 * hvd.rank())  # the stopped one need not be late
@@ -58,12 +70,16 @@ def train_while_one_stops(folder: str) -> dict[str, Any]:
         "digest": digest(model, optimizer),
         "step": optimizer.global_step,
         "exchanges": device.exchanges,
-        "aborts": device.aborts,
+        "groups": device.groups,  # by NCCL
     }
 
 
-def test_i4_a_process_that_stops_amid_an_exchange_is_left_behind_and_comes_back(tmp_path: Path) -> None:
-    with start_ranks(4, train_while_one_stops, [str(tmp_path)], timeout_s=120) as job:
+both_planes = pytest.mark.parametrize("plane", ["nccl", "mpi"])
+
+
+@both_planes
+def test_i4_a_process_that_stops_amid_an_exchange_is_left_behind_and_comes_back(plane: str, tmp_path: Path) -> None:
+    with start_ranks(4, train_while_one_stops, [str(tmp_path), plane], timeout_s=120) as job:
         job.wait_for_mark(0, "exchanged")
         chance = random.Random(1)
         for _ in range(STOPS):
@@ -74,11 +90,13 @@ def test_i4_a_process_that_stops_amid_an_exchange_is_left_behind_and_comes_back(
         values = job.wait().values()
     assert len({value["digest"] for value in values}) == 1
     assert [value["step"] for value in values] == [STEPS] * 4
-    assert all(value["exchanges"] > 10 for value in values)
+    assert values[0]["exchanges"] >= 10
+    assert all((value["groups"] > 0) == (plane == "nccl") for value in values)
 
 
-def train_while_one_dies(folder: str) -> dict[str, Any]:
-    hvd.init()
+def train_while_one_dies(folder: str, plane: str) -> dict[str, Any]:
+    os.environ["HVD_BACKUP_DATA_PLANE"] = plane
+    init(takes_gpu_memory=True)
     device, model = on_a_gpu(folder), make_model()
     optimizer = make_optimizer(model)
     for _ in hvd.follow(range(STEPS), optimizer):
@@ -88,45 +106,74 @@ def train_while_one_dies(folder: str) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         optimizer.step()
         time.sleep(0.003)
-    return {"digest": digest(model, optimizer), "step": optimizer.global_step, "aborts": device.aborts}
+    return {
+        "digest": digest(model, optimizer),
+        "step": optimizer.global_step,
+        "aborts": device.aborts,
+        "in_use": device.in_use,
+    }
 
 
-def test_i4_the_others_leave_the_group_of_a_process_that_dies_and_go_on(tmp_path: Path) -> None:
-    with start_ranks(4, train_while_one_dies, [str(tmp_path)], survive_losses=True, timeout_s=120) as job:
+@both_planes
+def test_i4_the_others_leave_the_group_of_a_process_that_dies_and_go_on(plane: str, tmp_path: Path) -> None:
+    with start_ranks(4, train_while_one_dies, [str(tmp_path), plane], survive_losses=True, timeout_s=120) as job:
         outcome = job.wait()
     values = [rank.value for number, rank in enumerate(outcome.ranks) if number != 2]
     assert outcome.exit_code == 0, outcome.describe()
     assert len({value["digest"] for value in values}) == 1
-    assert all(value["step"] == STEPS and value["aborts"] == 1 for value in values)
+    assert all(value["step"] == STEPS and value["in_use"] == 0 for value in values)
+    assert all(value["aborts"] == (plane == "nccl") for value in values)
 
 
-CHOICES: dict[str, tuple[str, dict[str, Any], str, str]] = {  # HVD_BACKUP_DATA_PLANE, options, why no groups; what then
-    "auto": ("auto", {}, "", "direct"),
-    "asked for": ("nccl", {}, "", "direct"),
-    "not wanted": ("host", {}, "", "through host memory"),
-    "no NCCL": ("auto", {}, "NCCL cannot be loaded", "through host memory"),
+# HVD_BACKUP_DATA_PLANE, options, why not NCCL, whether MPI takes GPU memory; what then
+CHOICES: dict[str, tuple[str, dict[str, Any], str, bool, str]] = {
+    "auto": ("auto", {}, "", False, "by NCCL"),
+    "auto, though MPI could": ("auto", {}, "", True, "by NCCL"),
+    "asked for": ("nccl", {}, "", True, "by NCCL"),
+    "MPI asked for": ("mpi", {}, "", True, "by MPI"),
+    "not wanted": ("host", {}, "", True, "through host memory"),
+    "no NCCL": ("auto", {}, "NCCL cannot be loaded", True, "by MPI"),
+    "neither": ("auto", {}, "NCCL cannot be loaded", False, "through host memory"),
     "asked for, but no NCCL": (
-        *("nccl", {}, "NCCL cannot be loaded"),
+        *("nccl", {}, "NCCL cannot be loaded", True),
         "HVD_BACKUP_DATA_PLANE=nccl on rank 0: NCCL cannot be loaded. With 'auto' or 'host' gradients go through",
     ),
-    "by bucket": ("auto", {"scope": "bucket"}, "", "through host memory"),
-    "asked for, by bucket": ("nccl", {"scope": "bucket"}, "", "scope='bucket' decides for each bucket by itself"),
-    "asked for, nonfinite": ("nccl", {"nonfinite": "drop"}, "", "nonfinite='drop' looks at gradients in host memory"),
-    "asked for, b = 0": ("nccl", {"backup_workers": 0}, "", "without backup workers"),
+    "MPI asked for, which cannot": (
+        *("mpi", {}, "", False),
+        "HVD_BACKUP_DATA_PLANE=mpi on rank 0: MPI says that it does not take GPU memory (is not CUDA-aware). With",
+    ),
+    "by bucket": ("auto", {"scope": "bucket"}, "", True, "through host memory"),
+    "asked for, by bucket": ("nccl", {"scope": "bucket"}, "", True, "scope='bucket' decides for each bucket by itself"),
+    "asked for, nonfinite": (
+        *("nccl", {"nonfinite": "drop"}, "", True),
+        "nonfinite='drop' looks at gradients in host memory",
+    ),
+    "asked for, b = 0": ("mpi", {"backup_workers": 0}, "", True, "without backup workers"),
 }
 
 
 def choose(folder: str) -> dict[str, str]:
     chosen = {}
-    for name, (plane, options, why_no_groups, _) in CHOICES.items():
+    means_of = data_plane.means_of
+    means: list[str] = []
+
+    def chosen_means(*args: Any) -> tuple[str, str]:
+        answer = means_of(*args)
+        means.extend({"nccl": ["by NCCL"], "mpi": ["by MPI"]}.get(answer[0], []))
+        return answer
+
+    data_plane.means_of = chosen_means
+    for name, (plane, options, why_no_groups, takes_gpu_memory, _) in CHOICES.items():
         os.environ["HVD_BACKUP_DATA_PLANE"] = plane
-        hvd.init()
+        means.clear()
+        init(takes_gpu_memory)
         device, model = on_a_gpu(folder, why_no_groups), make_model()
         optimizer = make_optimizer(model, grace=5.0, **options)  # so that each contributes
         try:
             loss_of(model, batch(hvd.rank(), 0)).backward()
             optimizer.step()
-            chosen[name] = "direct" if device.copies + device.exchanges > 0 else "through host memory"
+            (chosen[name],) = means or ["through host memory"]
+            assert (device.copies > 0) == bool(means), "the engine has the gradients"
         except ConfigError as error:
             chosen[name] = str(error)
         del optimizer

@@ -1,6 +1,7 @@
 """The promises of transport.h, kept by both transports: in one process, step by step or on threads, and over MPI."""
 
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_backup import _core_testing as core
+from tests.compiled import shared_library
 from tests.launch import run_ranks, start_ranks
 from tests.rank_main import mark
 from tests.threads import run_threads
@@ -214,6 +216,77 @@ def test_any_interleaving_keeps_order_and_contents(actions: list[Action]) -> Non
         assert all(heard[source] == said[source, target] for source in range(3))
 
 
+# ---- Device transfers, of which host memory stands for a GPU's.
+
+
+def device_send(end: core.Endpoint, peer: int, tag: int, data: np.ndarray, log: list[str], name: str) -> None:
+    end.start_device_send(peer, tag, data.ctypes.data, data.nbytes, Owner(data, log, name))
+
+
+def device_receive(end: core.Endpoint, peer: int, tag: int, data: np.ndarray, log: list[str], name: str) -> None:
+    end.start_device_receive(peer, tag, data.ctypes.data, data.nbytes, Owner(data, log, name))
+
+
+class Owner:
+    """A callback that owns the memory of its transfer."""
+
+    def __init__(self, data: np.ndarray, log: list[str], name: str) -> None:
+        self.data, self.log, self.name = data, log, name
+
+    def __call__(self) -> None:
+        self.log.append(self.name)
+
+
+def device_endpoints(size: int) -> list[core.Endpoint]:
+    hub = core.Hub(size, takes_device_memory=True)
+    return [core.Endpoint.in_process(hub, rank) for rank in range(size)]
+
+
+def test_device_memory_is_not_taken_unless_said() -> None:
+    assert [end.takes_device_memory for end in (*endpoints(1), *device_endpoints(1))] == [False, True]
+
+
+def test_device_transfers_match_each_other_alone() -> None:
+    ends = device_endpoints(2)
+    log: list[str] = []
+    source = [np.full(5, value, np.int64) for value in range(4)]
+    target = [np.full(5, -1, np.int64) for _ in range(4)]
+    send(ends[0], 1, 7, source[0], log, "s0")
+    device_send(ends[0], 1, 7, source[1], log, "s1")
+    device_send(ends[0], 1, 7, source[2], log, "s2")
+    device_send(ends[0], 1, 8, source[3], log, "s3")
+    device_receive(ends[1], 0, 8, target[3], log, "r3")
+    device_receive(ends[1], 0, 7, target[1], log, "r1")
+    device_receive(ends[1], 0, 7, target[2], log, "r2")
+    let_run(ends)
+    assert sorted(log) == ["r1", "r2", "r3", "s1", "s2", "s3"]
+    receive(ends[1], 0, 7, target[0], log, "r0")
+    let_run(ends)
+    np.testing.assert_array_equal(target, source)
+    assert [end.pending for end in ends] == [0, 0]
+
+
+def test_what_is_given_up_stays_until_its_peer_takes_it_and_is_thrown_away_then() -> None:
+    ends = device_endpoints(2)
+    log: list[str] = []
+    data, into = np.ones(3), np.zeros(3)
+    device_send(ends[0], 1, 5, data, log, "sent")
+    device_receive(ends[0], 1, 5, into, log, "received")
+    device_send(ends[0], 1, 6, data, log, "sent 6")
+    held = sys.getrefcount(data)
+    ends[0].give_up_device(5)
+    assert ends[0].pending == 1 and sys.getrefcount(data) == held, "of tag 6; what is sent may still be read"
+    device_send(ends[1], 0, 5, data, log, "late")
+    let_run(ends)
+    assert log == ["late"] and not into.any(), "thrown away by rank 0, so that it ends"
+    ends[1].give_up_device(5)
+    let_run(ends)
+    assert sys.getrefcount(data) == held - 1, "of tag 6"
+    device_receive(ends[1], 0, 6, into, log, "received 6")
+    let_run(ends)
+    assert sorted(log) == ["late", "received 6", "sent 6"] and into.tolist() == [1, 1, 1]
+
+
 # ---- The same exchange on threads and over MPI.
 
 
@@ -390,6 +463,111 @@ def test_cancelled_transfers_over_mpi(share_memory: bool) -> None:
         assert (into[wanted] == 6 - end.rank).all()
         assert not into[late].any() and not into[early].any() and "unwanted" not in log
         barrier()
+
+
+@pytest.mark.ranks(2)
+def test_all_ranks_agree_whether_mpi_takes_device_memory() -> None:
+    from mpi4py import MPI
+
+    rank = MPI.COMM_WORLD.Get_rank()
+    assert over_mpi(takes_device_memory=True).takes_device_memory
+    assert not over_mpi(takes_device_memory=rank == 0).takes_device_memory
+    end = over_mpi(takes_device_memory=False)
+    with pytest.raises(core.UsageError, match="MPI does not take GPU memory on all ranks"):
+        device_send(end, 1 - rank, 0, np.ones(1), [], "")
+    assert over_mpi().takes_device_memory == core.mpi_says_it_takes_device_memory()
+
+
+SAYS_YES = 'extern "C" int MPIX_Query_cuda_support() { return 1; }'
+ASK = """
+from hvd_backup import _core_testing as core
+from mpi4py import MPI
+result = core.Endpoint.over_mpi(MPI._addressof(MPI.COMM_WORLD)).takes_device_memory
+"""
+
+
+def test_mpi_is_asked_whether_it_takes_device_memory(tmp_path: Path) -> None:
+    (source := tmp_path / "says_yes.cpp").write_text(SAYS_YES)
+    library = shared_library(source, tmp_path)
+    assert run_ranks(2, ASK, env={"LD_PRELOAD": str(library)}) == [True, True]
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 1000])
+@pytest.mark.ranks(3)
+def test_device_transfers_over_mpi(piece_bytes: int) -> None:
+    """Among others with the same tags, in whatever order they are started."""
+    end = over_mpi(takes_device_memory=True, piece_bytes=piece_bytes)
+    log: list[str] = []
+    kept = []
+    for tag in (0, 1, 40_000):
+        for size in TRANSFER_BYTES[:-1]:
+            for peer in set(range(end.size)) - {end.rank}:
+                incoming, on_device = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+                kept.append((peer, tag, incoming, on_device))
+                device_send(end, peer, tag, pattern(end.rank, tag + 1, size), log, "")
+                send(end, peer, tag, data := pattern(end.rank, tag, size), log, "")
+                receive(end, peer, tag, incoming, log, "")
+                device_receive(end, peer, tag, on_device, log, "")
+                kept.append((end.rank, tag, data, pattern(end.rank, tag + 1, size)))
+    wait_until(end, lambda: end.pending == 0)
+    assert len(log) == 2 * len(kept)
+    for peer, tag, incoming, on_device in kept:
+        np.testing.assert_array_equal(incoming, pattern(peer, tag, len(incoming)))
+        np.testing.assert_array_equal(on_device, pattern(peer, tag + 1, len(incoming)))
+
+
+@pytest.mark.parametrize("nbytes", [100, 10_000, 1_000_000])
+@pytest.mark.ranks(2)
+def test_device_transfers_that_are_given_up_over_mpi(nbytes: int) -> None:
+    """Rank 0 gives up; what rank 1 sends much later is thrown away, so that rank 1 is done with it."""
+    from mpi4py import MPI
+
+    end, barrier = over_mpi(takes_device_memory=True, piece_bytes=300_000), MPI.COMM_WORLD.Barrier
+    peer = 1 - end.rank
+    log: list[str] = []
+    early, late, other, newer = range(4)
+    into, data = np.zeros(nbytes, np.uint8), np.full(nbytes, 7, np.uint8)
+    others = np.zeros(nbytes, np.uint8)
+    unowned = sys.getrefcount(data), sys.getrefcount(into)
+    device_receive(end, peer, other, others, log, "other received")
+    if end.rank == 0:
+        device_receive(end, 1, late, into, log, "unwanted")
+        device_send(end, 1, late, data, log, "unwanted")
+        end.give_up_device(late)
+        assert end.pending == 1, "of the other tag"
+        assert sys.getrefcount(data) > unowned[0], "what is sent may still be read"
+        wait_until(end, lambda: sys.getrefcount(into) == unowned[1])
+    barrier()
+    if end.rank == 1:
+        device_send(end, 0, late, data, log, "late")
+        device_send(end, 0, early, data, log, "early")
+        for _ in range(3):
+            end.progress()
+    barrier()
+    if end.rank == 0:
+        device_receive(end, 1, early, np.zeros(nbytes, np.uint8), log, "received, or not")
+        end.give_up_device(early)  # when it has begun to arrive, or has arrived
+    barrier()
+    deadline = time.monotonic() + 30
+    while not {"late", "early"} <= set(log) and end.rank == 1:
+        end.progress()
+        assert time.monotonic() < deadline, f"what rank 0 has given up is still pending here: {log}"
+    if end.rank == 1:
+        MPI.COMM_WORLD.send(b"done", dest=0)
+    else:
+        wait_until(end, lambda: MPI.COMM_WORLD.iprobe(source=1))
+        MPI.COMM_WORLD.recv(source=1)
+    assert "unwanted" not in log
+    if end.rank == 1:  # takes what rank 0 had sent before it gave up
+        device_receive(end, 0, late, into, log, "taken")
+    device_send(end, peer, other, np.full(nbytes, 8 + end.rank, np.uint8), log, "other sent")
+    device_send(end, peer, newer, data, log, "newer sent")
+    device_receive(end, peer, newer, newest := np.zeros(nbytes, np.uint8), log, "newer received")
+    wait_until(end, lambda: end.pending == 0)
+    assert (others == 8 + peer).all() and (newest == 7).all()
+    assert (into == (7 if end.rank == 1 else 0)).all()
+    barrier()
+    wait_until(end, lambda: (sys.getrefcount(data), sys.getrefcount(into)) == unowned)
 
 
 @pytest.mark.ranks(2)

@@ -54,16 +54,24 @@ def run_threads(size: int, body: Callable[[int], Any], *, timeout_s: float = 60.
     return [values[rank] for rank in range(size)]
 
 
-def spawn(size: int, body: Callable[[Any], Any], *, timeout_s: float = 60.0, trace: str = "") -> list[Any]:
+def spawn(
+    size: int,
+    body: Callable[[Any], Any],
+    *,
+    timeout_s: float = 60.0,
+    trace: str = "",
+    takes_device_memory: bool = False,
+) -> list[Any]:
     """Runs body(engine) on `size` engines that one Hub connects, and shuts each down when its body ends.
 
     Args:
         body: gets a `_core.Engine`; an exception in it becomes the failure with which its engine shuts down.
         trace: file for the coordinator's decisions, as JSON lines; empty: none.
+        takes_device_memory: host memory stands for a GPU's.
     """
     from hvd_backup import _core
 
-    hub = _core.Hub(size)
+    hub = _core.Hub(size, takes_device_memory)
 
     def run(rank: int) -> Any:
         engine = _core.Engine.in_process(hub, rank, trace if rank == 0 else "")

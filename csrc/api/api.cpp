@@ -74,10 +74,10 @@ DataType data_type(int value) {
 
 const char* hvdb_last_error(void) { return last_error.c_str(); }
 
-hvdb_status hvdb_hub_create(int size, hvdb_hub** hub) {
+hvdb_status hvdb_hub_create(int size, int takes_device_memory, hvdb_hub** hub) {
   return guarded([&] {
     if (size < 1) throw UsageError("a hub needs at least one rank, given " + std::to_string(size));
-    *hub = new hvdb_hub{std::make_shared<Hub>(size)};
+    *hub = new hvdb_hub{std::make_shared<Hub>(size, takes_device_memory != 0)};
     return HVDB_OK;
   });
 }
@@ -87,7 +87,9 @@ void hvdb_hub_destroy(hvdb_hub* hub) { delete hub; }
 hvdb_status hvdb_engine_create_mpi(const void* mpi_comm, const hvdb_settings* settings, hvdb_engine** engine) {
   return guarded([&] {
     auto created = std::make_unique<hvdb_engine>();
-    created->engine = std::make_unique<Engine>(make_mpi_transport(mpi_comm), engine_settings(settings));
+    MpiTransportOptions options;
+    if (settings != nullptr && settings->host_for_device != 0) options.takes_device_memory = true;
+    created->engine = std::make_unique<Engine>(make_mpi_transport(mpi_comm, options), engine_settings(settings));
     *engine = created.release();
     return HVDB_OK;
   });
@@ -163,12 +165,14 @@ hvdb_status hvdb_recorded(hvdb_engine* engine, int64_t last, const char** text) 
   });
 }
 
-hvdb_status hvdb_use_device(hvdb_engine* engine, void* device) {
+hvdb_status hvdb_use_device(hvdb_engine* engine, void* device, const char* means) {
   return guarded([&] {
-    engine->engine->use_device(*static_cast<Device*>(device));
+    engine->engine->use_device(*static_cast<Device*>(device), text(means));
     return HVDB_OK;
   });
 }
+
+int hvdb_takes_device_memory(const hvdb_engine* engine) { return engine->engine->takes_device_memory() ? 1 : 0; }
 
 hvdb_status hvdb_pause(hvdb_engine* engine) {
   return guarded([&] {

@@ -46,14 +46,16 @@ const char* hvdb_last_error(void);
 
 /* --- engines --- */
 
-hvdb_status hvdb_hub_create(int size, hvdb_hub** hub);
+/* takes_device_memory: 1 for tests in which host memory stands for a GPU's; otherwise 0. */
+hvdb_status hvdb_hub_create(int size, int takes_device_memory, hvdb_hub** hub);
 void hvdb_hub_destroy(hvdb_hub* hub);
 
-/* What rank 0 writes besides its work. */
+/* What rank 0 does besides its work. */
 typedef struct {
   const char* trace;      /* file for the coordinator's records as JSON lines (docs/trace.md); NULL or "": none */
   const char* timeline;   /* file for the same as a Chrome trace */
   int64_t stall_check_us; /* after so long without progress a warning says who waits for whom; 0: never */
+  int host_for_device;    /* 1: for tests with MPI in which host memory stands for a GPU's; the same on all ranks */
 } hvdb_settings;
 
 /* mpi_comm: address of an MPI_Comm; it is duplicated (collective over it), never used. MPI must have been initialised
@@ -78,8 +80,11 @@ hvdb_status hvdb_replay_round_end(hvdb_engine* engine, const char* channel, int6
 hvdb_status hvdb_recorded(hvdb_engine* engine, int64_t last, const char** text);
 
 /* The GPU of this rank, once, before channels with buckets on it are opened. device: address of a hvd_backup::Device
- * (device/device.h) of the same build, which must outlive the engine. */
-hvdb_status hvdb_use_device(hvdb_engine* engine, void* device);
+ * (device/device.h) of the same build, which must outlive the engine. means: by which data go from GPU to GPU: "nccl",
+ * or "mpi" where hvdb_takes_device_memory. */
+hvdb_status hvdb_use_device(hvdb_engine* engine, void* device, const char* means);
+/* Whether MPI has said on all ranks, when the engine was made, that it takes GPU memory (is CUDA-aware). */
+int hvdb_takes_device_memory(const hvdb_engine* engine);
 
 /* Whether the others can go on when a process dies (MPI with ULFM). */
 int hvdb_survives_losses(const hvdb_engine* engine);

@@ -72,7 +72,7 @@ T* pointer(std::uintptr_t address) {
 }
 
 struct PyHub {
-  explicit PyHub(int size) { check(hvdb_hub_create(size, &hub)); }
+  PyHub(int size, bool takes_device_memory) { check(hvdb_hub_create(size, takes_device_memory ? 1 : 0, &hub)); }
   ~PyHub() { hvdb_hub_destroy(hub); }
   PyHub(const PyHub&) = delete;
   hvdb_hub* hub = nullptr;
@@ -269,8 +269,8 @@ nb::tuple forecast(std::uintptr_t computing_us, uint64_t steps, int ranks, int r
 }
 
 std::shared_ptr<PyEngine> over_mpi(std::uintptr_t comm, const std::string& trace, const std::string& timeline,
-                                   std::int64_t stall_check_us) {
-  const hvdb_settings settings{trace.c_str(), timeline.c_str(), stall_check_us};
+                                   std::int64_t stall_check_us, bool host_for_device) {
+  const hvdb_settings settings{trace.c_str(), timeline.c_str(), stall_check_us, host_for_device ? 1 : 0};
   hvdb_engine* engine = nullptr;
   hvdb_status status;
   {
@@ -283,7 +283,7 @@ std::shared_ptr<PyEngine> over_mpi(std::uintptr_t comm, const std::string& trace
 
 std::shared_ptr<PyEngine> in_process(PyHub& hub, int rank, const std::string& trace, const std::string& timeline,
                                      std::int64_t stall_check_us) {
-  const hvdb_settings settings{trace.c_str(), timeline.c_str(), stall_check_us};
+  const hvdb_settings settings{trace.c_str(), timeline.c_str(), stall_check_us, 0};
   hvdb_engine* engine = nullptr;
   check(hvdb_engine_create_in_process(hub.hub, rank, &settings, &engine));
   return std::make_shared<PyEngine>(engine);
@@ -309,16 +309,18 @@ NB_MODULE(_core, m) {
   const nb::object core_error = nb::exception<CoreError>(m, "CoreError", PyExc_RuntimeError);
   nb::exception<CoreUsageError>(m, "CoreUsageError", core_error.ptr());
 
-  nb::class_<PyHub>(m, "Hub").def(nb::init<int>(), nb::arg("size"));
+  nb::class_<PyHub>(m, "Hub").def(nb::init<int, bool>(), nb::arg("size"), nb::arg("takes_device_memory") = false);
 
   nb::class_<PyEngine>(m, "Engine")
       .def_static("over_mpi", &over_mpi, nb::arg("comm"), nb::arg("trace") = "", nb::arg("timeline") = "",
-                  nb::arg("stall_check_us") = 0)
+                  nb::arg("stall_check_us") = 0, nb::arg("host_for_device") = false)
       .def_static("in_process", &in_process, nb::arg("hub"), nb::arg("rank"), nb::arg("trace") = "",
                   nb::arg("timeline") = "", nb::arg("stall_check_us") = 0)
       .def_prop_ro("rank", [](const PyEngine& self) { return hvdb_rank(self.engine); })
       .def_prop_ro("size", [](const PyEngine& self) { return hvdb_size(self.engine); })
       .def_prop_ro("survives_losses", [](const PyEngine& self) { return hvdb_survives_losses(self.engine) != 0; })
+      .def_prop_ro("takes_device_memory",
+                   [](const PyEngine& self) { return hvdb_takes_device_memory(self.engine) != 0; })
       .def_prop_ro("lost",
                    [](const PyEngine& self) {
                      std::vector<std::int32_t> ranks(static_cast<std::size_t>(hvdb_size(self.engine)));
@@ -348,11 +350,12 @@ NB_MODULE(_core, m) {
           nb::arg("channel"), nb::arg("step"), nb::arg("scope"), nb::arg("rank"))
       .def(
           "use_device",
-          [](PyEngine& self, const nb::object& device) {
-            check(hvdb_use_device(self.engine, pointer<void>(nb::cast<std::uintptr_t>(device.attr("address")))));
+          [](PyEngine& self, const nb::object& device, const std::string& means) {
+            auto* address = pointer<void>(nb::cast<std::uintptr_t>(device.attr("address")));
+            check(hvdb_use_device(self.engine, address, means.c_str()));
             self.device = device;
           },
-          nb::arg("device"))
+          nb::arg("device"), nb::arg("means") = "nccl")
       .def_prop_ro("device", [](const PyEngine& self) { return self.device.is_valid() ? self.device : nb::none(); })
       .def(
           "replay_round_end",

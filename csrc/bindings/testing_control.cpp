@@ -60,7 +60,7 @@ constexpr const char* field_names<Pause> = "Pause";
 template <>
 constexpr const char* field_names<Join> = "Join";
 template <>
-constexpr const char* field_names<CanGroup> = "CanGroup why_not";
+constexpr const char* field_names<CanGroup> = "CanGroup why_not means";
 template <>
 constexpr const char* field_names<Formed> = "Formed group failure";
 template <>

@@ -2,6 +2,7 @@
 // by address, so that a test decides about alignment, overlap and kind of memory.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -232,7 +233,7 @@ void register_data_plane(nb::module_& module) {
   module.attr("staging_slots") = staging_slots;
   module.attr("min_segment_bytes") = min_segment_bytes;
 
-  nb::class_<Hub>(module, "Hub").def(nb::init<int>(), "size"_a);
+  nb::class_<Hub>(module, "Hub").def(nb::init<int, bool>(), "size"_a, "takes_device_memory"_a = false);
   nb::class_<Collective>(module, "Collective")
       .def_ro("done", &Collective::done)
       .def("abandon", [](Collective& self) { self.running->abandon(); })
@@ -249,10 +250,11 @@ void register_data_plane(nb::module_& module) {
           "hub"_a, "rank"_a)
       .def_static(
           "over_mpi",
-          [](Address comm, std::size_t piece_bytes, bool share_memory) {
-            return endpoint(make_mpi_transport(pointer(comm), {piece_bytes, share_memory}));
+          [](Address comm, std::size_t piece_bytes, bool share_memory, std::optional<bool> takes_device_memory) {
+            return endpoint(make_mpi_transport(pointer(comm), {piece_bytes, share_memory, takes_device_memory}));
           },
-          "comm"_a, "piece_bytes"_a = MpiTransportOptions().piece_bytes, "share_memory"_a = true)
+          "comm"_a, "piece_bytes"_a = MpiTransportOptions().piece_bytes, "share_memory"_a = true,
+          "takes_device_memory"_a = nb::none())
       .def("close", [](Endpoint& self) { self.transport.reset(); })
       .def_prop_ro("rank", [](Endpoint& self) { return self.open().rank(); })
       .def_prop_ro("size", [](Endpoint& self) { return self.open().size(); })
@@ -281,6 +283,21 @@ void register_data_plane(nb::module_& module) {
           "peers"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a, "cancellable"_a = false)
       .def(
           "cancel", [](Endpoint& self, Tag tag) { self.open().cancel(tag); }, "tag"_a)
+      .def_prop_ro("takes_device_memory", [](Endpoint& self) { return self.open().takes_device_memory(); })
+      .def(
+          "start_device_send",
+          [](Endpoint& self, int peer, Tag tag, Address data, std::size_t bytes, OnDone on_done) {
+            self.open().start_device_send(peer, tag, {pointer<const std::byte>(data), bytes}, std::move(on_done));
+          },
+          "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+      .def(
+          "start_device_receive",
+          [](Endpoint& self, int peer, Tag tag, Address data, std::size_t bytes, OnDone on_done) {
+            self.open().start_device_receive(peer, tag, {pointer<std::byte>(data), bytes}, std::move(on_done));
+          },
+          "peer"_a, "tag"_a, "data"_a, "bytes"_a, "on_done"_a)
+      .def(
+          "give_up_device", [](Endpoint& self, Tag tag) { self.open().give_up_device(tag); }, "tag"_a)
       .def("progress", [](Endpoint& self) { return self.open().progress(); })
       .def("start_allreduce", &Endpoint::start, nb::kw_only(), "members"_a, "weights"_a, "scale"_a = 1.0, "dtype"_a,
            "count"_a, "contribution"_a, "result"_a, "tag"_a = 0, "small_bytes"_a = defaults.small_bytes,
@@ -289,6 +306,7 @@ void register_data_plane(nb::module_& module) {
       .def("finish", &Endpoint::finish, "collectives"_a, "timeout_s"_a = 60.0,
            nb::call_guard<nb::gil_scoped_release>());
   module.def("mpi_library_version", &mpi_library_version);
+  module.def("mpi_says_it_takes_device_memory", &mpi_says_it_takes_device_memory);
   register_node_exchange(module);
 }
 

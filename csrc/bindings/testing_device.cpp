@@ -4,8 +4,10 @@
 // Addresses on it may be given with the bit `disguise` set: whoever else uses them crashes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 #include <sched.h>
 #include <unistd.h>
@@ -20,14 +22,18 @@
 #include <mutex>
 #include <random>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "base/error.h"
 #include "bindings/gpu_arguments.h"
 #include "bindings/testing.h"
+#include "collective/transport_group.h"
 #include "device/device.h"
+#include "device/shared_blocks.h"
 #include "kernels/weighted_sum.h"
+#include "transport/in_process.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -77,6 +83,8 @@ struct Point {
 };
 
 class HostDevice;
+
+using Described = std::tuple<int, Address, std::size_t>;  // a part of an exchange: peer, address, bytes
 
 class HostGroup final : public DeviceGroup {
  public:
@@ -153,6 +161,19 @@ class HostDevice final : public Device {
     return scratch_.back().get();
   }
 
+  // An exchange of a group that is not one of HostGroup takes memory once.
+  std::shared_ptr<std::byte> memory(std::size_t bytes) override {
+    if (++exchanges == failing_exchange) throw RuntimeFailure("told to fail");
+    auto block = blocks_->take(bytes);
+    std::byte* const data = block.get();
+    ++*in_use;
+    return {data, [block, in_use = in_use](std::byte*) mutable {
+              block.reset();
+              --*in_use;
+            }};
+  }
+  void as_current(const std::function<void()>& body) override { body(); }
+
   Mark mark() override { return put_; }
   bool reached(Mark mark) override {
     for (int n = static_cast<int>(random_() % 4); n > 0 && !queue_.empty() && !hangs; --n) {
@@ -178,6 +199,7 @@ class HostDevice final : public Device {
   }
 
   std::atomic<int> copies = 0, sums = 0, groups = 0, exchanges = 0, aborts = 0;
+  const std::shared_ptr<std::atomic<int>> in_use = std::make_shared<std::atomic<int>>(0);  // blocks of memory()
   std::atomic<bool> hangs = false;        // nothing of the queue is done
   std::atomic<int> failing_exchange = 0;  // the group fails at the exchange with this number
 
@@ -188,6 +210,10 @@ class HostDevice final : public Device {
   std::deque<std::function<bool()>> queue_;
   Mark put_ = 0, ended_ = 0;
   std::vector<std::unique_ptr<std::byte[]>> scratch_;
+  // What is given back is used again, though something may still use it, so that a test finds that.
+  const std::shared_ptr<SharedBlocks> blocks_ = std::make_shared<SharedBlocks>([](std::size_t bytes) {
+    return std::shared_ptr<std::byte>(new std::byte[bytes], std::default_delete<std::byte[]>());
+  });
 };
 
 HostGroup::HostGroup(HostDevice& device, std::string name, int member, int members)
@@ -263,6 +289,40 @@ void HostGroup::abort() {
   for (const auto& exchange : at_work_) exchange->aborted = true;
 }
 
+// A TransportGroup by itself, and the transport that it uses.
+class GroupThroughTransport {
+ public:
+  GroupThroughTransport(HostDevice& device, std::shared_ptr<Hub> hub, int rank, Tag tag, std::vector<int> members)
+      : transport_(make_in_process_transport(std::move(hub), rank)),
+        group_(device, *transport_, tag, std::move(members)) {}
+
+  const char* state() {
+    switch (group_.state()) {
+      case DeviceGroup::State::busy:
+        return "busy";
+      case DeviceGroup::State::ready:
+        return "ready";
+      case DeviceGroup::State::failed:
+        return "failed";
+    }
+    return "";
+  }
+  std::string reason() const { return group_.reason(); }
+  void exchange(const std::vector<Described>& sends, const std::vector<Described>& receives) {
+    std::vector<DeviceGroup::Part> parts;
+    for (const auto& [peer, data, bytes] : sends) parts.push_back({peer, pointer<std::byte>(data), bytes, true});
+    for (const auto& [peer, data, bytes] : receives) parts.push_back({peer, pointer<std::byte>(data), bytes, false});
+    group_.exchange(parts);
+  }
+  void abort() { group_.abort(); }
+  void progress() { transport_->progress(); }
+  std::size_t pending() const { return transport_->pending(); }
+
+ private:
+  std::unique_ptr<Transport> transport_;
+  TransportGroup group_;
+};
+
 }  // namespace
 
 void register_device(nb::module_& module) {
@@ -281,6 +341,7 @@ void register_device(nb::module_& module) {
       .def_prop_ro("groups", [](const HostDevice& self) { return self.groups.load(); })
       .def_prop_ro("exchanges", [](const HostDevice& self) { return self.exchanges.load(); })
       .def_prop_ro("aborts", [](const HostDevice& self) { return self.aborts.load(); })
+      .def_prop_ro("in_use", [](const HostDevice& self) { return self.in_use->load(); })
       .def_prop_rw(
           "hangs", [](const HostDevice& self) { return self.hangs.load(); },
           [](HostDevice& self, bool value) { self.hangs = value; })
@@ -300,6 +361,15 @@ void register_device(nb::module_& module) {
         return std::pair(norms->sources, norms->destination);
       },
       "device"_a, "dtype"_a, "destination"_a, "sources"_a, "weights"_a, "scale"_a, "count"_a);
+  nb::class_<GroupThroughTransport>(module, "GroupThroughTransport")
+      .def(nb::init<HostDevice&, std::shared_ptr<Hub>, int, Tag, std::vector<int>>(), "device"_a, "hub"_a, "rank"_a,
+           "tag"_a, "members"_a, nb::keep_alive<1, 2>())
+      .def_prop_ro("state", &GroupThroughTransport::state)
+      .def_prop_ro("reason", &GroupThroughTransport::reason)
+      .def("exchange", &GroupThroughTransport::exchange, "sends"_a, "receives"_a)
+      .def("abort", &GroupThroughTransport::abort)
+      .def("progress", &GroupThroughTransport::progress)
+      .def_prop_ro("pending", &GroupThroughTransport::pending);
 }
 
 }  // namespace hvd_backup

@@ -1,6 +1,7 @@
 #include "control/device_groups.h"
 
 #include <algorithm>
+#include <string_view>
 
 namespace hvd_backup {
 
@@ -12,10 +13,14 @@ std::string in_words(const Ranks& ranks) {
   return words;
 }
 
+constexpr std::string_view by_nccl = "nccl";
+
+std::string in_words(const std::string& means) { return means == by_nccl ? "NCCL" : "CUDA-aware MPI"; }
+
 }  // namespace
 
 void DeviceGroups::receive(int from, const CanGroup& message, TimeUs now) {
-  answers_[from] = message.why_not;
+  answers_[from] = message;
   settle(now);
 }
 
@@ -31,7 +36,8 @@ void DeviceGroups::receive(int from, const Formed& message, TimeUs now) {
     if (forming_->formed.size() < forming_->members.size()) return;
     if (active_) retired_.insert(active_->id);
     active_ = std::exchange(forming_, std::nullopt);
-    news_.push_back("the GPUs of " + in_words(active_->members) + " exchange data directly (NCCL)");
+    news_.push_back("the GPUs of " + in_words(active_->members) + " exchange data directly (" +
+                    in_words(means_of(active_->members)) + ")");
   }
   settle(now);
 }
@@ -109,27 +115,47 @@ GroupId DeviceGroups::serving(const Ranks& contributors) const {
   return serves ? active_->id : 0;
 }
 
-// Empty: not known yet, or too few.
-Ranks DeviceGroups::wanted() const {
+// Empty: not known yet, or none.
+Ranks DeviceGroups::able() const {
   Ranks able;
   for (int rank = 0; rank < size_; ++rank) {
     if (lost_.contains(rank)) continue;
     const auto answer = answers_.find(rank);
     if (answer == answers_.end()) return {};
-    if (answer->second.empty() && !stopped_.contains(rank)) able.push_back(rank);
+    if (answer->second.why_not.empty() && !stopped_.contains(rank)) able.push_back(rank);
   }
-  return able.size() > 1 ? able : Ranks{};
+  return able;
+}
+
+const std::string& DeviceGroups::means_of(const Ranks& members) const { return answers_.at(members.front()).means; }
+
+// Those that have the same means as the first of them. Empty: not known yet, or too few.
+Ranks DeviceGroups::wanted() const {
+  Ranks members = able();
+  if (members.empty()) return {};
+  const std::string means = means_of(members);
+  if (means == by_nccl && !name_group_) return {};
+  std::erase_if(members, [&](int rank) { return answers_.at(rank).means != means; });
+  return members.size() > 1 ? members : Ranks{};
 }
 
 bool DeviceGroups::is_settled() const {
   const Ranks members = wanted();
-  return !name_group_ || failures_ >= most_failures || members.empty() || (active_ && active_->members == members);
+  return failures_ >= most_failures || members.empty() || (active_ && active_->members == members);
 }
 
 void DeviceGroups::settle(TimeUs now) {
-  for (const auto& [rank, why_not] : answers_) {
-    if (why_not.empty() || told_why_not_) continue;
-    news_.push_back("rank " + std::to_string(rank) + " cannot exchange data between GPUs directly: " + why_not);
+  for (const auto& [rank, answer] : answers_) {
+    if (answer.why_not.empty() || told_why_not_) continue;
+    news_.push_back("rank " + std::to_string(rank) + " cannot exchange data between GPUs directly: " + answer.why_not);
+    told_why_not_ = true;
+  }
+  const Ranks can = able();
+  for (const int rank : can) {
+    if (told_why_not_ || answers_.at(rank).means == means_of(can)) continue;
+    news_.push_back("rank " + std::to_string(rank) + " cannot exchange data between GPUs directly: it can by " +
+                    in_words(answers_.at(rank).means) + ", rank " + std::to_string(can.front()) + " by " +
+                    in_words(means_of(can)));
     told_why_not_ = true;
   }
   if (forming_ || is_settled() || now < not_before_) return;
@@ -137,7 +163,7 @@ void DeviceGroups::settle(TimeUs now) {
   const GroupId id = ++last_;
   members_[id] = members;
   forming_ = Group{id, members, {}, now};
-  tell(members, Form{id, members, name_group_()});
+  tell(members, Form{id, members, means_of(members) == by_nccl ? name_group_() : ""});
 }
 
 void DeviceGroups::tell(const Ranks& members, const Message& message) {

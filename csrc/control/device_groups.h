@@ -1,6 +1,7 @@
-// Which ranks' GPUs exchange data directly, without the host (an NCCL communicator, see device/device.h): a group is
-// formed of all ranks that can, while they train, and serves the decisions whose contributors are all in it. Everything
-// else goes through host memory, to the same bits, so nobody ever waits for a group.
+// Which ranks' GPUs exchange data directly, without the host (device/device.h), by NCCL or by CUDA-aware MPI: a group
+// is formed of all ranks that can, by the means of the lowest of them, while they train, and serves the decisions whose
+// contributors are all in it. Everything else goes through host memory, to the same bits, so nobody ever waits for a
+// group.
 //
 // A group dies as a whole: when one of its contributors has stopped, and the others go on without it, nothing of what
 // they do in the group ends. Then it is broken up, the attempts that it served are begun anew without it, and a new one
@@ -20,7 +21,7 @@
 
 namespace hvd_backup {
 
-// What ranks need to form a new group; opaque.
+// What ranks need to form a new group by NCCL; opaque.
 using NameGroup = std::function<std::string()>;
 
 class DeviceGroups {
@@ -67,7 +68,9 @@ class DeviceGroups {
     TimeUs since = 0;
   };
 
+  Ranks able() const;
   Ranks wanted() const;
+  const std::string& means_of(const Ranks& members) const;
   bool is_settled() const;
   void settle(TimeUs now);
   void break_up(GroupId group, TimeUs now);
@@ -75,7 +78,7 @@ class DeviceGroups {
 
   const int size_;
   NameGroup name_group_;
-  std::map<int, std::string> answers_;  // by rank, why it cannot be in a group
+  std::map<int, CanGroup> answers_;  // by rank
   std::set<int> lost_, stopped_;
   std::map<GroupId, Ranks> members_;  // of all groups that have not been broken up
   std::optional<Group> forming_;

@@ -232,9 +232,10 @@ struct Join {
 // Whether the sender can exchange data with others' GPUs directly: see DeviceGroups.
 struct CanGroup {
   std::string why_not;  // empty: it can
+  std::string means;    // "nccl" or "mpi" (CUDA-aware)
   template <class A>
   void fields(A& a) {
-    a(why_not);
+    a(why_not), a(means);
   }
 };
 

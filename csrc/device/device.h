@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -76,6 +77,15 @@ class Device {
   // At least so many bytes on the GPU. There is one such block: it is valid until the next call, and work that is put
   // into the queue after this call may use it (whatever used it before comes first).
   virtual std::byte* scratch(std::size_t bytes) = 0;
+
+  // At least so many bytes on the GPU, of which any library may be told (scratch() may be memory that only the queue
+  // knows). Work that is in the queue already may still use them: touch them in the queue's order, or, from outside of
+  // it, once a mark that was made after this call has been reached. May be given back after the device has gone, but by
+  // whoever has the engine's turn.
+  virtual std::shared_ptr<std::byte> memory(std::size_t bytes) = 0;
+
+  // Runs this with the GPU as the calling thread's current one, as other libraries need it that are told of its memory.
+  virtual void as_current(const std::function<void()>& body) = 0;
 
   virtual Mark mark() = 0;
   virtual bool reached(Mark mark) = 0;

@@ -6,6 +6,8 @@
 #include <optional>
 #include <utility>
 
+#include "collective/transport_group.h"
+
 namespace hvd_backup {
 
 // In a group. When that fails it never completes: the coordinator begins another attempt.
@@ -94,16 +96,32 @@ class DeviceWork::ThroughHost final : public RunningAllreduce, public std::enabl
   bool over_ = false;
 };
 
-DeviceWork::DeviceWork(Device& device, int rank) : device_(device), rank_(rank) {}
+DeviceWork::DeviceWork(Device& device, Transport* group_transport, int rank)
+    : device_(device), group_transport_(group_transport), rank_(rank) {}
 DeviceWork::~DeviceWork() = default;
+
+bool DeviceWork::progress_of(Transport& transport) {
+  if (group_transport_ == nullptr) return transport.progress();
+  bool worked = false;
+  device_.as_current([&] { worked = transport.progress(); });
+  return worked;
+}
+
+void DeviceWork::end() {
+  for (const auto& [id, group] : groups_) abort(id, "");
+}
 
 void DeviceWork::form(const Form& message) {
   Group& group = groups_[message.group];
   group.members.assign(message.members.begin(), message.members.end());
   const auto self = std::find(group.members.begin(), group.members.end(), rank_);
   try {
-    group.group = device_.join(message.name, static_cast<int>(self - group.members.begin()),
-                               static_cast<int>(group.members.size()));
+    if (group_transport_ != nullptr) {
+      group.group = std::make_unique<TransportGroup>(device_, *group_transport_, message.group, group.members);
+    } else {
+      group.group = device_.join(message.name, static_cast<int>(self - group.members.begin()),
+                                 static_cast<int>(group.members.size()));
+    }
   } catch (const std::exception& error) {
     fail(message.group, error.what());
   }

@@ -23,11 +23,16 @@ namespace hvd_backup {
 
 class DeviceWork {
  public:
-  // device: must outlive this.
-  DeviceWork(Device& device, int rank);
+  // device: must outlive this. group_transport: what groups exchange data through, until end(); null: by NCCL.
+  DeviceWork(Device& device, Transport* group_transport, int rank);
   ~DeviceWork();
 
   Device& device() { return device_; }
+
+  // Transport::progress(), which may touch the GPU's memory.
+  bool progress_of(Transport& transport);
+  // Leaves all groups, and the transport alone.
+  void end();
 
   void form(const Form& message);
   void disband(GroupId group);
@@ -73,6 +78,7 @@ class DeviceWork {
   void drain();
 
   Device& device_;
+  Transport* const group_transport_;
   const int rank_;
   std::map<GroupId, Group> groups_;
   std::map<Tag, Announced> announced_;             // and not issued

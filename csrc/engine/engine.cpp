@@ -35,6 +35,7 @@ Engine::Engine(std::unique_ptr<Transport> transport, const EngineSettings& setti
       rank_(transport_->rank()),
       size_(transport_->size()),
       survives_losses_(transport_->survives_losses()),
+      takes_device_memory_(transport_->takes_device_memory()),
       header_{size_, monotonic_us(), unix_s()},
       trace_(rank_ == 0 ? settings.trace : "", header_),
       timeline_(rank_ == 0 ? settings.timeline : "", size_, header_.began_us),
@@ -218,14 +219,19 @@ void Engine::submit(Channel& channel, int bucket, const void* contribution, void
   if (!wait_follows || driven_) wake();
 }
 
-void Engine::use_device(Device& device) {
+void Engine::use_device(Device& device, const std::string& means) {
   const std::scoped_lock lock(mutex_);
   check_usable(nullptr);
   if (device_) throw UsageError("rank " + std::to_string(rank_) + " uses a GPU already");
-  device_ = std::make_unique<DeviceWork>(device, rank_);
+  const bool by_mpi = means == "mpi";
+  if (!by_mpi && means != "nccl") throw UsageError("GPUs exchange data by 'nccl' or 'mpi', given '" + means + "'");
+  if (by_mpi && !takes_device_memory_) {
+    throw UsageError("GPUs cannot exchange data by MPI: it does not take GPU memory on all ranks. Use 'nccl'");
+  }
+  device_ = std::make_unique<DeviceWork>(device, by_mpi ? transport_.get() : nullptr, rank_);
   device_in_use_ = device_.get();
-  if (coordinator_) coordinator_->set_name_group([&device] { return device.new_group(); });
-  outgoing_.push_back(CanGroup{device.why_no_groups()});
+  if (coordinator_ && !by_mpi) coordinator_->set_name_group([&device] { return device.new_group(); });
+  outgoing_.push_back(CanGroup{by_mpi ? "" : device.why_no_groups(), means});
   wake();
 }
 
@@ -415,6 +421,7 @@ void Engine::stop() {
   }
   if (thread_.joinable()) thread_.join();
   const std::scoped_lock turn(turn_mutex_);  // a thread that drives has stopped, too
+  if (device_ && transport_) device_->end();
   transport_.reset();
 }
 

@@ -86,8 +86,10 @@ class Engine {
   // result is to be there. Contribution and result in host memory are given besides, see Bucket. Needs use_device().
   void submit(Channel& channel, int bucket, const void* contribution, void* result, OnDevice on_device, void* stream,
               bool wait_follows);
-  // The GPU of this rank, once. It must outlive this.
-  void use_device(Device& device);
+  // The GPU of this rank, once. It must outlive this. means: by which it exchanges data with others directly, "nccl" or
+  // "mpi"; the latter needs takes_device_memory().
+  void use_device(Device& device, const std::string& means);
+  bool takes_device_memory() const { return takes_device_memory_; }
   // True and the update when there is one within the timeout.
   bool wait(Channel& channel, TimeUs timeout_us, Update* update);
   // The thread that waits does nothing else until this channel's outcome is there, and has waited for long: the
@@ -220,6 +222,7 @@ class Engine {
   const int rank_;
   const int size_;
   const bool survives_losses_;
+  const bool takes_device_memory_;
   Tag next_fetch_tag_ = 1;  // odd; collectives use even ones
   const TraceHeader header_;
   Trace trace_;

@@ -154,8 +154,9 @@ void Engine::rest(std::unique_lock<std::mutex>& lock, std::condition_variable& c
 
 // One round: completes transfers, takes messages, does what has become possible. True when there was anything.
 bool Engine::turn() {
-  bool worked = transport_->progress();
-  if (DeviceWork* device = device_in_use_) worked = device->progress() || worked;
+  DeviceWork* const device = device_in_use_;
+  bool worked = device != nullptr ? device->progress_of(*transport_) : transport_->progress();
+  if (device != nullptr) worked = device->progress() || worked;
   const TimeUs now = monotonic_us();
   for (const int rank : transport_->take_lost()) lose(rank, now);
   int from = 0;

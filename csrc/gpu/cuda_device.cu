@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "device/shared_blocks.h"
 #include "gpu/cuda_handle.h"
 #include "gpu/kernels.h"
 
@@ -112,6 +113,13 @@ class CudaDevice final : public Device {
     return static_cast<std::byte*>(scratch_.at_least(bytes));
   }
 
+  std::shared_ptr<std::byte> memory(std::size_t bytes) override { return blocks_->take(bytes); }
+
+  void as_current(const std::function<void()>& body) override {
+    const OnDevice here(device_);
+    body();
+  }
+
   Mark mark() override {
     const OnDevice here(device_);
     Event event = events_->take();
@@ -156,6 +164,8 @@ class CudaDevice final : public Device {
   OwnStream stream_;
   StreamMemory scratch_;
   StreamMemory norms_;  // of the one sum that is at work
+  const std::shared_ptr<SharedBlocks> blocks_ =
+      std::make_shared<SharedBlocks>([device = device_](std::size_t bytes) { return shareable_memory(device, bytes); });
   const std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
   const std::shared_ptr<NormsPool> norms_pool_ = std::make_shared<NormsPool>();
   std::deque<Event> marks_;  // those that are not known to be reached, in the order of the queue

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 
 #include <cstddef>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -131,5 +132,21 @@ class StreamMemory {
   void* data_ = nullptr;
   std::size_t size_ = 0;
 };
+
+// Memory of which other libraries and processes may be told: those that share it between processes (CUDA IPC) do not
+// know what belongs to a stream. To free it waits for all that the GPU does.
+inline std::shared_ptr<std::byte> shareable_memory(int device, std::size_t bytes) {
+  const OnDevice here(device);
+  void* data = nullptr;
+  check(cudaMalloc(&data, bytes), "taking memory");
+  return {static_cast<std::byte*>(data), [device](std::byte* memory) {
+            try {
+              const OnDevice here(device);
+              cudaFree(memory);
+            } catch (const RuntimeFailure&) {
+              // CUDA has ended before: so has the memory.
+            }
+          }};
+}
 
 }  // namespace hvd_backup::gpu

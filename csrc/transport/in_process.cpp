@@ -21,6 +21,7 @@ namespace {
 struct Offer {
   std::mutex lock;
   std::span<const std::byte> data;
+  bool on_device = false;  // a device transfer
   bool withdrawn = false;
 };
 
@@ -55,7 +56,7 @@ struct Hub::Mailbox {
   }
 };
 
-Hub::Hub(int size) {
+Hub::Hub(int size, bool takes_device_memory) : takes_device_memory_(takes_device_memory) {
   if (size < 1) throw UsageError("a hub of " + std::to_string(size) + " ranks; expected at least 1");
   for (int rank = 0; rank < size; ++rank) mailboxes_.push_back(std::make_unique<Mailbox>());
 }
@@ -77,13 +78,16 @@ class InProcessTransport final : public Transport {
 
   ~InProcessTransport() override {
     for (auto& [offer, sent] : offered_) withdraw(*offer);
+    for (auto& [offer, sent] : given_up_) withdraw(*offer);
   }
   InProcessTransport(const InProcessTransport&) = delete;
   InProcessTransport& operator=(const InProcessTransport&) = delete;
 
   int rank() const override { return rank_; }
   int size() const override { return hub_->size(); }
-  std::size_t pending() const override { return offered_.size() + lanes_.request_count() + callbacks_.size(); }
+  std::size_t pending() const override {
+    return offered_.size() + lanes_.request_count() + device_lanes_.request_count() + callbacks_.size();
+  }
 
   void send_message(int peer, Bytes message) override {
     if (peer == rank_) {
@@ -103,20 +107,36 @@ class InProcessTransport final : public Transport {
   }
 
   void start_send(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done, bool) override {
-    auto offer = std::make_shared<Offer>();
-    offer->data = data;
-    offered_.emplace(offer, Sent{tag, std::move(on_done)});
-    mailbox(peer).post(OfferArrived{rank_, tag, std::move(offer)});
+    post_offer(peer, tag, data, std::move(on_done), false);
   }
 
   void start_receive(int peer, Tag tag, std::span<std::byte> data, OnDone on_done, bool) override {
-    deliver(peer, tag, lanes_.requested(peer, tag, {data, std::move(on_done)}));
+    deliver(lanes_, peer, tag, lanes_.requested(peer, tag, {data, std::move(on_done)}));
+  }
+
+  bool takes_device_memory() const override { return hub_->takes_device_memory(); }
+
+  void start_device_send(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done) override {
+    post_offer(peer, tag, data, std::move(on_done), true);
+  }
+
+  void start_device_receive(int peer, Tag tag, std::span<std::byte> data, OnDone on_done) override {
+    deliver(device_lanes_, peer, tag, device_lanes_.requested(peer, tag, {data, std::move(on_done)}));
+  }
+
+  // As with MPI, what has been offered stays so, until its receiver takes it.
+  void give_up_device(Tag tag) override {
+    device_lanes_.cancel(tag, [this](int peer, const auto& offer) { mailbox(peer).post(OfferTaken{offer}); });
+    for (auto entry = offered_.begin(); entry != offered_.end();) {
+      const auto found = entry++;
+      if (found->first->on_device && found->second.tag == tag) given_up_.insert(offered_.extract(found));
+    }
   }
 
   void cancel(Tag tag) override {
     lanes_.cancel(tag, [](int, const auto&) {});
     std::erase_if(offered_, [tag](const auto& entry) {
-      if (entry.second.tag != tag) return false;
+      if (entry.first->on_device || entry.second.tag != tag) return false;
       withdraw(*entry.first);
       return true;
     });
@@ -140,6 +160,14 @@ class InProcessTransport final : public Transport {
   };
   using TransferLanes = Lanes<std::shared_ptr<Offer>, Receive>;
 
+  void post_offer(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done, bool on_device) {
+    auto offer = std::make_shared<Offer>();
+    offer->data = data;
+    offer->on_device = on_device;
+    offered_.emplace(offer, Sent{tag, std::move(on_done)});
+    mailbox(peer).post(OfferArrived{rank_, tag, std::move(offer)});
+  }
+
   static void withdraw(Offer& offer) {
     const std::lock_guard guard(offer.lock);
     offer.withdrawn = true;
@@ -154,11 +182,17 @@ class InProcessTransport final : public Transport {
   }
 
   void handle(OfferArrived& arrived) {
-    if (lanes_.is_cancelled(arrived.tag)) return;
-    deliver(arrived.from, arrived.tag, lanes_.arrived(arrived.from, arrived.tag, std::move(arrived.offer)));
+    const bool on_device = arrived.offer->on_device;
+    TransferLanes& lanes = on_device ? device_lanes_ : lanes_;
+    if (!lanes.is_cancelled(arrived.tag)) {
+      deliver(lanes, arrived.from, arrived.tag, lanes.arrived(arrived.from, arrived.tag, std::move(arrived.offer)));
+    } else if (on_device) {
+      mailbox(arrived.from).post(OfferTaken{std::move(arrived.offer)});
+    }
   }
 
   void handle(OfferTaken& taken) {
+    if (given_up_.erase(taken.offer) > 0) return;
     const auto offered = offered_.find(taken.offer);
     if (offered == offered_.end()) return;  // cancelled meanwhile
     callbacks_.push_back(std::move(offered->second.on_done));
@@ -167,7 +201,7 @@ class InProcessTransport final : public Transport {
 
   void handle(MessageArrived& arrived) { ready_.push_back(std::move(arrived)); }
 
-  void deliver(int peer, Tag tag, std::optional<TransferLanes::Match> match) {
+  void deliver(TransferLanes& lanes, int peer, Tag tag, std::optional<TransferLanes::Match> match) {
     while (match) {
       auto& [offer, receive] = *match;
       if (copy(peer, tag, *offer, receive.data)) {
@@ -175,7 +209,7 @@ class InProcessTransport final : public Transport {
         callbacks_.push_back(std::move(receive.on_done));
         return;
       }
-      match = lanes_.requested_again(peer, tag, std::move(receive));
+      match = lanes.requested_again(peer, tag, std::move(receive));
     }
   }
 
@@ -195,7 +229,9 @@ class InProcessTransport final : public Transport {
   std::shared_ptr<Hub> hub_;
   int rank_;
   TransferLanes lanes_;
+  TransferLanes device_lanes_;
   std::map<std::shared_ptr<Offer>, Sent> offered_;
+  std::map<std::shared_ptr<Offer>, Sent> given_up_;  // device transfers of which a peer has not taken its part
   std::vector<OnDone> callbacks_;
   std::deque<MessageArrived> ready_;
   std::vector<Letter> mail_;

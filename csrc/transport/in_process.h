@@ -13,17 +13,20 @@ namespace hvd_backup {
 // What the endpoints share: a locked mailbox for each rank.
 class Hub {
  public:
-  explicit Hub(int size);  // at least 1
+  // At least 1. takes_device_memory: for stand-ins of GPUs whose memory is the host's.
+  explicit Hub(int size, bool takes_device_memory = false);
   ~Hub();
   Hub(const Hub&) = delete;
   Hub& operator=(const Hub&) = delete;
 
   int size() const;
+  bool takes_device_memory() const { return takes_device_memory_; }
 
  private:
   friend class InProcessTransport;
   struct Mailbox;
   std::vector<std::unique_ptr<Mailbox>> mailboxes_;
+  const bool takes_device_memory_;
 };
 
 // The endpoint of `rank`; one for each rank, each used by one thread. Destroying it withdraws its transfers: memory

@@ -38,6 +38,13 @@ std::span<const RequestSet::Finished> RequestSet::take_finished() {
   return finished_;
 }
 
+void RequestSet::cancel(const std::function<bool(std::size_t)>& is_wanted) noexcept {
+  if (!mpi_is_running()) return;
+  for (std::size_t i = 0; i < requests_.size(); ++i) {
+    if (is_wanted(numbers_[i])) MPI_Cancel(&requests_[i]);
+  }
+}
+
 void RequestSet::abandon(const std::function<bool(std::size_t)>& is_receive) noexcept {
   if (mpi_is_running()) {
     for (std::size_t i = 0; i < requests_.size(); ++i) {

@@ -130,9 +130,9 @@ class Request {
 class MatchedMessage {
  public:
   // False when no message has arrived on `comm`.
-  bool probe(MPI_Comm comm) {
+  bool probe(MPI_Comm comm, int tag = MPI_ANY_TAG) {
     int found = 0;
-    check_mpi(MPI_Improbe(MPI_ANY_SOURCE, MPI_ANY_TAG, comm, &found, &message_, &status_), "looking for messages");
+    check_mpi(MPI_Improbe(MPI_ANY_SOURCE, tag, comm, &found, &message_, &status_), "looking for messages");
     return found != 0;
   }
 
@@ -180,6 +180,10 @@ class RequestSet {
 
   // Removes what has finished and returns it; valid until the next call.
   std::span<const Finished> take_finished();
+
+  // Those for whose number `is_wanted` says so, which are receives: each finishes soon, unless its message has begun to
+  // arrive; then it finishes with that.
+  void cancel(const std::function<bool(std::size_t)>& is_wanted) noexcept;
 
   // Cancels the receives (those for whose number `is_receive` says so) and leaves the sends to MPI to finish.
   void abandon(const std::function<bool(std::size_t)>& is_receive) noexcept;

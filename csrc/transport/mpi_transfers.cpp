@@ -1,20 +1,21 @@
 #include "transport/mpi_transfers.h"
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <utility>
 
 namespace hvd_backup {
 
 void MpiTransfers::start_send(MPI_Comm comm, int peer, int tag, std::span<const std::byte> data, OnDone on_done) {
-  start({.peer = peer, .expected = data.size(), .on_done = std::move(on_done)},
+  start({.peer = peer, .tag = tag, .expected = data.size(), .on_done = std::move(on_done)},
         [&](std::size_t offset, int bytes, MPI_Request* request) {
           return MPI_Isend(data.data() + offset, bytes, MPI_BYTE, peer, tag, comm, request);
         });
 }
 
 void MpiTransfers::start_receive(MPI_Comm comm, int peer, int tag, std::span<std::byte> data, OnDone on_done) {
-  start({.receives = true, .peer = peer, .expected = data.size(), .on_done = std::move(on_done)},
+  start({.receives = true, .peer = peer, .tag = tag, .expected = data.size(), .on_done = std::move(on_done)},
         [&](std::size_t offset, int bytes, MPI_Request* request) {
           return MPI_Irecv(data.data() + offset, bytes, MPI_BYTE, peer, tag, comm, request);
         });
@@ -47,6 +48,12 @@ void MpiTransfers::progress(std::vector<OnDone>* finished) {
 
 void MpiTransfers::finish(const RequestSet::Finished& finished, std::vector<OnDone>* callbacks) {
   Operation& operation = operations_[finished.number];
+  if (operation.given_up) {
+    if (--operation.pieces > 0) return;
+    operations_.remove(finished.number);
+    --given_up_;
+    return;
+  }
   operation.lost = operation.lost || is_loss(finished.code);
   if (!operation.lost) check_mpi(finished.code, operation.receives ? "receiving from" : "sending to", operation.peer);
   operation.received += finished.bytes;
@@ -61,9 +68,39 @@ void MpiTransfers::finish(const RequestSet::Finished& finished, std::vector<OnDo
   callbacks->push_back(std::move(ended.on_done));
 }
 
-void MpiTransfers::close() noexcept {
+void MpiTransfers::give_up(int tag) {
+  for (Operation& operation : operations_.all()) {
+    if (operation.pieces == 0 || operation.tag != tag || operation.given_up) continue;
+    operation.given_up = true;
+    ++given_up_;
+  }
+  requests_.cancel([&](std::size_t number) {
+    const Operation& operation = operations_[number];
+    return operation.given_up && operation.receives && operation.tag == tag;
+  });
+}
+
+void MpiTransfers::throw_away(MatchedMessage& matched) {
+  const auto memory = std::make_shared<Bytes>(matched.size());
+  Request request = matched.start_receive(*memory);
+  requests_.add(std::move(request), operations_.add({.receives = true,
+                                                     .peer = matched.source(),
+                                                     .tag = -1,
+                                                     .on_done = [memory] {},
+                                                     .pieces = 1,
+                                                     .given_up = true}));
+  ++given_up_;
+}
+
+void MpiTransfers::close(Owned owned) noexcept {
   requests_.abandon([this](std::size_t number) { return operations_[number].receives; });
+  if (owned == Owned::is_left) {
+    for (Operation& operation : operations_.all()) {
+      if (operation.pieces > 0) new OnDone(std::move(operation.on_done));
+    }
+  }
   operations_ = {};
+  given_up_ = 0;
 }
 
 }  // namespace hvd_backup

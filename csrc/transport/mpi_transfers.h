@@ -26,20 +26,30 @@ class MpiTransfers {
 
   // Callbacks of what has finished are appended to `finished`, not run.
   void progress(std::vector<OnDone>* finished);
-  std::size_t pending() const { return operations_.size(); }
+  std::size_t pending() const { return operations_.size() - given_up_; }
 
-  // Cancels the receives and leaves the sends to MPI to finish. Idempotent.
-  void close() noexcept;
+  // Those with this tag end without callbacks: receives are cancelled, sends left to finish. What the callbacks own
+  // lives until MPI has done with it.
+  void give_up(int tag);
+  // Receives what has arrived and nobody wants.
+  void throw_away(MatchedMessage& matched);
+
+  // Cancels the receives and leaves the sends to MPI to finish. What the callbacks own is freed, or, because nobody
+  // will say when MPI has done with it, left for good. Idempotent.
+  enum class Owned { is_freed, is_left };
+  void close(Owned owned = Owned::is_freed) noexcept;
 
  private:
   struct Operation {
     bool receives = false;
     int peer = 0;
+    int tag = 0;
     std::size_t expected = 0;
     OnDone on_done;
     std::size_t pieces = 0;  // that are not finished
     std::size_t received = 0;
     bool lost = false;  // the peer has died
+    bool given_up = false;
   };
 
   template <class StartPiece>
@@ -48,7 +58,8 @@ class MpiTransfers {
 
   const std::size_t piece_bytes_;
   Slots<Operation> operations_;
-  RequestSet requests_;  // numbered as in operations_
+  std::size_t given_up_ = 0;  // of them
+  RequestSet requests_;       // numbered as in operations_
 };
 
 }  // namespace hvd_backup

@@ -1,10 +1,13 @@
 #include "transport/mpi_transport.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "transport/mpi_device_transfers.h"
 #include "transport/mpi_handle.h"
 #include "transport/mpi_losses.h"
 #include "transport/mpi_messages.h"
@@ -52,6 +55,9 @@ class MpiTransport final : public Transport {
     check_mpi(MPI_Comm_get_attr(comm_.get(), MPI_TAG_UB, &upper_bound, &found), "asking for the largest tag");
     if (found != 0) max_tag_ = *upper_bound;
     if (options.share_memory) share_memory();
+    if (all_agree(options.takes_device_memory.value_or(mpi_says_it_takes_device_memory()))) {
+      device_ = std::make_unique<MpiDeviceTransfers>(original, options.piece_bytes);
+    }
     has_peers_elsewhere_ = static_cast<int>(ranks_on_node_.size()) < size_;
   }
 
@@ -65,7 +71,7 @@ class MpiTransport final : public Transport {
   int size() const override { return size_; }
   std::size_t pending() const override {
     return messages_.pending() + transfers_.pending() + parcels_.pending() + callbacks_.size() +
-           (node_ ? node_->pending() : 0);
+           (node_ ? node_->pending() : 0) + (device_ ? device_->pending() : 0);
   }
 
   bool survives_losses() const override { return losses_.are_survived(); }
@@ -129,9 +135,19 @@ class MpiTransport final : public Transport {
     takes_parcels_ = true;  // what is on its way is still to be taken, and thrown away
   }
 
+  bool takes_device_memory() const override { return device_ != nullptr; }
+  void start_device_send(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done) override {
+    if (!losses_.includes(peer)) device().start_send(peer, mpi_tag(tag), data, std::move(on_done));
+  }
+  void start_device_receive(int peer, Tag tag, std::span<std::byte> data, OnDone on_done) override {
+    if (!losses_.includes(peer)) device().start_receive(peer, mpi_tag(tag), data, std::move(on_done));
+  }
+  void give_up_device(Tag tag) override { device().give_up(mpi_tag(tag)); }
+
   bool progress() override {
     messages_.progress();
     transfers_.progress(&callbacks_);
+    if (device_) device_->progress(&callbacks_);
     if (node_) node_->poll(&callbacks_);
     // To look for what nobody sends would cost as much as all the rest.
     takes_parcels_ = takes_parcels_ || has_peers_elsewhere_ || parcels_.pending() > 0;
@@ -143,6 +159,17 @@ class MpiTransport final : public Transport {
   }
 
  private:
+  bool all_agree(bool yes) const {
+    int answer = yes ? 1 : 0;
+    check_mpi(MPI_Allreduce(MPI_IN_PLACE, &answer, 1, MPI_INT, MPI_MIN, comm_.get()), "asking all ranks");
+    return answer != 0;
+  }
+
+  MpiDeviceTransfers& device() {
+    if (!device_) throw UsageError("MPI does not take GPU memory on all ranks: see takes_device_memory()");
+    return *device_;
+  }
+
   void share_memory() {
     Node node = find_node(comm_.get());
     if (node.segments.empty()) return;
@@ -184,6 +211,7 @@ class MpiTransport final : public Transport {
   std::vector<int> ranks_on_node_;          // ascending; empty: no memory is shared
   std::vector<std::size_t> peers_on_node_;  // kept for its memory
   std::unique_ptr<NodeExchange> node_;
+  std::unique_ptr<MpiDeviceTransfers> device_;  // null: MPI does not take GPU memory
 };
 
 }  // namespace
@@ -196,6 +224,17 @@ std::unique_ptr<Transport> make_mpi_transport(const void* mpi_comm, const MpiTra
                      std::to_string(most));
   }
   return std::make_unique<MpiTransport>(*static_cast<const MPI_Comm*>(mpi_comm), options);
+}
+
+// Open MPI and MVAPICH have the first, MPICH since 4.0 the second. Looked up, so that one build does with each of them.
+bool mpi_says_it_takes_device_memory() {
+  using Ask = int (*)();
+  using AskAbout = int (*)(int kind, int* is_supported);
+  constexpr int cuda = 0;  // MPIX_GPU_SUPPORT_CUDA
+  if (const auto ask = reinterpret_cast<Ask>(dlsym(RTLD_DEFAULT, "MPIX_Query_cuda_support"))) return ask() == 1;
+  int is_supported = 0;
+  const auto ask_about = reinterpret_cast<AskAbout>(dlsym(RTLD_DEFAULT, "MPIX_GPU_query_support"));
+  return ask_about != nullptr && ask_about(cuda, &is_supported) == MPI_SUCCESS && is_supported != 0;
 }
 
 std::string mpi_library_version() {

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "transport/transport.h"
@@ -17,6 +18,7 @@ namespace hvd_backup {
 struct MpiTransportOptions {
   std::size_t piece_bytes = std::size_t{1} << 30;  // larger transfers are cut: MPI counts are int
   bool share_memory = true;                        // with the other ranks of the node; the same on all ranks
+  std::optional<bool> takes_device_memory;         // for tests, with host memory in its place; none: MPI is asked
 };
 
 // `mpi_comm` points to an MPI_Comm. Collective over it: returns when all of its ranks have called. MPI must be running
@@ -26,6 +28,9 @@ struct MpiTransportOptions {
 // that does not answer are left to MPI: their data must stay valid until MPI_Finalize. Once MPI has been finalised the
 // destructor calls nothing.
 std::unique_ptr<Transport> make_mpi_transport(const void* mpi_comm, const MpiTransportOptions& options = {});
+
+// Whether MPI says in this process that it takes GPU memory (is CUDA-aware). MPI must be running.
+bool mpi_says_it_takes_device_memory();
 
 // The version text of the MPI library that is loaded. May be called before MPI is initialised.
 std::string mpi_library_version();

@@ -52,6 +52,20 @@ class Transport {
   // may wait in vain. A callback of what had finished before may still run. Not from inside a callback.
   virtual void cancel(Tag tag) = 0;
 
+  // Whether the transfers below can be used: then their memory may be a GPU's. The same on all ranks.
+  virtual bool takes_device_memory() const = 0;
+
+  // As start_send and start_receive, of at least one byte. They match each other alone, and end together with all that
+  // have their tag: what `on_done` owns lives until the memory is not touched any more, given up or not.
+  virtual void start_device_send(int peer, Tag tag, std::span<const std::byte> data, OnDone on_done) = 0;
+  virtual void start_device_receive(int peer, Tag tag, std::span<std::byte> data, OnDone on_done) = 0;
+
+  // Ends the device transfers with this tag, as far as they are ours: they do not count as pending any more, and their
+  // callbacks do not run, but for what had finished before. What is received may still be written, and what is sent be
+  // read and delivered, for as long as a peer has stopped. What peers send with this tag from now on is taken and
+  // thrown away, so that theirs end, too.
+  virtual void give_up_device(Tag tag) = 0;
+
   // Whether the others can go on when a process dies: then take_lost() says whose has.
   virtual bool survives_losses() const { return false; }
 

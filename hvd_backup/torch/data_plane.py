@@ -1,4 +1,4 @@
-"""Whether the gradients of an optimizer go from GPU to GPU (NCCL), or through host memory.
+"""Whether the gradients of an optimizer go from GPU to GPU (NCCL or CUDA-aware MPI), or through host memory.
 
 Where they can, the engine gets them where they are, and all ranks that can form a group: csrc/control/device_groups.h.
 What a group cannot serve, or not yet, goes through host memory all the same, to the same bits.
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
+from hvd_backup.config import Config
 from hvd_backup.context import Context
 from hvd_backup.errors import ConfigError
 from hvd_backup.policy import Policy
 from hvd_backup.torch import staging
 
-__all__ = ["engage", "why_not_direct"]
+__all__ = ["engage", "means_of"]
 
 
 def engage(place: Context, policy: Policy, parameters: Sequence[torch.Tensor]) -> bool:
@@ -28,21 +29,31 @@ def engage(place: Context, policy: Policy, parameters: Sequence[torch.Tensor]) -
     if plane == "host" or place.size == 1:
         return False
     why_not = _why_not(place, policy, parameters)
-    if why_not and plane == "nccl":
+    if why_not and plane != "auto":
         raise ConfigError(
-            f"HVD_BACKUP_DATA_PLANE=nccl on rank {place.rank}: {why_not}. With 'auto' or 'host' gradients go through "
-            "host memory"
+            f"HVD_BACKUP_DATA_PLANE={plane} on rank {place.rank}: {why_not}. "
+            "With 'auto' or 'host' gradients go through host memory"
         )
     return not why_not
 
 
-def why_not_direct(device: torch.device, nccl_library: str) -> str:
-    """Why no data can go from this device to others' GPUs directly; empty: it can."""
+def means_of(device: torch.device, config: Config, mpi_takes_gpu_memory: bool) -> tuple[str, str]:
+    """By what data can go from this device to others' GPUs, "nccl" or "mpi", and why not; one of them is empty."""
     transfers = staging.transfers_of(device)
     if transfers is None:
-        return "the parameters are on the CPU"
-    gpu = transfers.engine_device(nccl_library)
-    return "hvd_backup was built without the GPU library (nvcc)" if gpu is None else str(gpu.why_no_groups)
+        return "", "the parameters are on the CPU"
+    gpu = transfers.engine_device(config.nccl_library)
+    if gpu is None:
+        return "", "hvd_backup was built without the GPU library (nvcc)"
+    reasons = {
+        "nccl": str(gpu.why_no_groups),
+        "mpi": "" if mpi_takes_gpu_memory else "MPI says that it does not take GPU memory (is not CUDA-aware)",
+    }
+    asked_for = [config.data_plane] if config.data_plane in reasons else list(reasons)
+    for means in asked_for:
+        if not reasons[means]:
+            return means, ""
+    return "", "; ".join(reasons[means] for means in asked_for)
 
 
 def _why_not(place: Context, policy: Policy, parameters: Sequence[torch.Tensor]) -> str:
@@ -56,11 +67,12 @@ def _why_not(place: Context, policy: Policy, parameters: Sequence[torch.Tensor])
     if len(devices) > 1:
         return f"the parameters are on {', '.join(sorted(map(str, devices)))}: one GPU for each optimizer"
     (device,) = devices
-    if why_not := why_not_direct(device, place.config.nccl_library):
+    means, why_not = means_of(device, place.config, place.engine.takes_device_memory)
+    if why_not:
         return why_not
     transfers = staging.transfers_of(device)
     assert transfers is not None
     gpu = transfers.engine_device(place.config.nccl_library)
     if place.engine.device is None:
-        place.engine.use_device(gpu)
+        place.engine.use_device(gpu, means)
     return "" if place.engine.device is gpu else "another optimizer of this rank is on another GPU"

@@ -4,11 +4,20 @@ from collections import Counter
 
 import torch
 
+from hvd_backup import context
 from hvd_backup.config import Config
+from hvd_backup.errors import NotInitializedError
 from hvd_backup.torch import data_plane, staging
 from hvd_backup.torch.horovod_names import HOROVOD
 
 __all__ = ["facts"]
+
+
+def _mpi_takes_gpu_memory() -> bool:
+    try:
+        return context.current().engine.takes_device_memory
+    except NotInitializedError:
+        return False
 
 
 def _data_plane() -> str:
@@ -16,8 +25,11 @@ def _data_plane() -> str:
     if config.data_plane == "host":
         return "through pinned host memory (HVD_BACKUP_DATA_PLANE=host)"
     device = torch.device("cuda", torch.cuda.current_device())
-    if why_not := data_plane.why_not_direct(device, config.nccl_library):
+    means, why_not = data_plane.means_of(device, config, _mpi_takes_gpu_memory())
+    if why_not:
         return f"through pinned host memory: {why_not}"
+    if means == "mpi":
+        return "from GPU to GPU, by CUDA-aware MPI"
     transfers = staging.transfers_of(device)
     assert transfers is not None
     return f"from GPU to GPU, by NCCL {transfers.engine_device(config.nccl_library).nccl_version}"
