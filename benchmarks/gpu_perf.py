@@ -34,6 +34,8 @@ from mpi4py import MPI
 
 import hvd_backup.torch as hvd
 import measurement
+from hvd_backup import context
+from hvd_backup.config import Config
 from hvd_backup.torch import data_plane, staging
 
 Job = Callable[[], object]
@@ -237,11 +239,16 @@ class Weighing(torch.autograd.Function):
 
 def planes_here(comm: MPI.Intracomm) -> list[str]:
     """The values of HVD_BACKUP_DATA_PLANE that can be used on all ranks."""
-    why_not = data_plane.why_not_direct(torch.device("cuda", torch.cuda.current_device()), "")
-    told = [text for text in comm.allgather(why_not) if text]
-    if told and comm.rank == 0:
-        print(f"not from GPU to GPU: {told[0]}")
-    return ["host"] if told else ["host", "nccl"]
+    device = torch.device("cuda", torch.cuda.current_device())
+    planes = ["host"]
+    for plane in ("nccl", "mpi"):
+        config = Config.from_environment().override(data_plane=plane)
+        _, why_not = data_plane.means_of(device, config, context.current().engine.takes_device_memory)
+        told = [text for text in comm.allgather(why_not) if text]
+        if told and comm.rank == 0:
+            print(f"not by {plane}: {told[0]}")
+        planes += [] if told else [plane]
+    return planes
 
 
 def step_ms(
