@@ -123,6 +123,16 @@ def test_a_group_is_of_those_with_the_means_of_the_lowest_that_can(
     )
 
 
+def test_when_no_group_can_be_named_none_is_formed() -> None:
+    group = Group(2, required=1)
+    group.talk.coordinator.cannot_name_groups("NCCL: naming a group: no socket interface found")
+    assert not of_kind(group.all_can(), "Form")
+    assert group.talk.coordinator.take_news() == [
+        "GPUs cannot exchange data directly: NCCL: naming a group: no socket interface found"
+    ]
+    assert group.decide(0, 0)["group"] == 0
+
+
 def test_one_that_can_is_no_group() -> None:
     assert not of_kind(Group(3).all_can(rank1="no NCCL", rank2="no NCCL"), "Form")
 

@@ -403,7 +403,7 @@ void register_coordinator(nb::module_& module) {
           "__init__",
           [](Coordinator* self, int size, TimeUs stall_check_us, bool survives_losses) {
             new (self) Coordinator(size, false, {}, stall_check_us, survives_losses);
-            self->set_name_group([] { return "a new group"; });
+            self->set_name_group([] { return GroupName{"a new group", ""}; });
           },
           "size"_a, "stall_check_us"_a = 0, "survives_losses"_a = false)
       .def("lost", &Coordinator::lost, "rank"_a, "now"_a)
@@ -420,6 +420,8 @@ void register_coordinator(nb::module_& module) {
              return list_of(self.take_replies(),
                             [](const Reply& reply) { return nb::make_tuple(reply.to, to_bytes(reply.message)); });
            })
+      .def("cannot_name_groups",
+           [](Coordinator& self, const std::string& why) { self.set_name_group([why] { return GroupName{"", why}; }); })
       .def("take_news", &Coordinator::take_news)
       .def("take_records", [](Coordinator& self) { return list_of(self.take_records(), describe_record); });
 }

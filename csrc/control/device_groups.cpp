@@ -160,10 +160,16 @@ void DeviceGroups::settle(TimeUs now) {
   }
   if (forming_ || is_settled() || now < not_before_) return;
   const Ranks members = wanted();
+  const GroupName named = means_of(members) == by_nccl ? name_group_() : GroupName{};
+  if (!named.failure.empty()) {
+    news_.push_back("GPUs cannot exchange data directly: " + named.failure);
+    failures_ = most_failures;
+    return;
+  }
   const GroupId id = ++last_;
   members_[id] = members;
   forming_ = Group{id, members, {}, now};
-  tell(members, Form{id, members, means_of(members) == by_nccl ? name_group_() : ""});
+  tell(members, Form{id, members, named.name});
 }
 
 void DeviceGroups::tell(const Ranks& members, const Message& message) {

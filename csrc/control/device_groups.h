@@ -21,8 +21,12 @@
 
 namespace hvd_backup {
 
-// What ranks need to form a new group by NCCL; opaque.
-using NameGroup = std::function<std::string()>;
+// What ranks need to form a new group by NCCL.
+struct GroupName {
+  std::string name;     // opaque
+  std::string failure;  // why there is none; empty: there is
+};
+using NameGroup = std::function<GroupName()>;
 
 class DeviceGroups {
  public:

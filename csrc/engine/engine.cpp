@@ -230,7 +230,15 @@ void Engine::use_device(Device& device, const std::string& means) {
   }
   device_ = std::make_unique<DeviceWork>(device, by_mpi ? transport_.get() : nullptr, rank_);
   device_in_use_ = device_.get();
-  if (coordinator_ && !by_mpi) coordinator_->set_name_group([&device] { return device.new_group(); });
+  if (coordinator_ && !by_mpi) {
+    coordinator_->set_name_group([&device]() -> GroupName {
+      try {
+        return {device.new_group(), ""};
+      } catch (const std::exception& error) {
+        return {"", error.what()};
+      }
+    });
+  }
   outgoing_.push_back(CanGroup{by_mpi ? "" : device.why_no_groups(), means});
   wake();
 }
