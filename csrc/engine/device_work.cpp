@@ -61,7 +61,9 @@ class DeviceWork::ThroughHost final : public RunningAllreduce, public std::enabl
       complete_ = true;
       return true;
     }
-    running_ = start_allreduce(transport_, options_, [self = shared_from_this()] { self->copy_back(); });
+    running_ = start_allreduce(transport_, options_, [weak = weak_from_this()] {  // it is owned by what it owns
+      if (const auto self = weak.lock()) self->copy_back();
+    });
     return true;
   }
   bool complete() const { return complete_; }
