@@ -73,10 +73,11 @@ class Engine:
         wait_for_all: return only when all ranks have opened it (so that differences are found before the first step).
         """
 
-    def use_device(self, device: Any, means: str = "nccl") -> None:
+    def use_device(self, device: Any, means: str = "nccl", journal_on_device: bool = False) -> None:
         """The GPU of this rank (a `_gpu.Device`), once, before a channel with buckets on it is opened.
 
         means: by which data go from GPU to GPU: "nccl", or "mpi" where takes_device_memory.
+        journal_on_device: what was summed there is kept for late ranks there; otherwise in page-locked memory.
         """
 
     @property

@@ -104,6 +104,11 @@ class Config:
         "these that can be",
         values_of.one_of("auto", "nccl", "mpi", "host"),
     )  # fmt: skip
+    journal: str = _option(
+        "host",
+        "what GPUs have summed is kept for late ranks in page-locked `host` memory, or on the GPU: `device`",
+        values_of.one_of("host", "device"),
+    )  # fmt: skip
     nccl_library: str = _option("", "NCCL's library (libnccl.so.2), where it is not found by name", values_of.path)
     delay: str = _option("", "artificial delays, such as `rank=3,ms=200,p=0.3` (hvd_backup.faults)", values_of.delay)
     horovod: str = _option(

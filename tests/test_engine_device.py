@@ -22,24 +22,23 @@ from hvd_backup.errors import UsageError
 from tests.threads import spawn
 
 ELEMENTS = 1003
-NUMBERS = [np.arange(ELEMENTS + b, dtype=np.float32) % 64 for b in range(3)]
+NUMBERS = [np.arange(ELEMENTS + b, dtype=np.float32) % 61 for b in range(3)]
 
 
 class DeviceStream:
     """One training channel of one rank, with three float32 buckets on its GPU and one float64 in host memory."""
 
-    def __init__(self, engine: Any, required: int, device: Any, **options: Any) -> None:
-        self.rank, self.device = engine.rank, device
+    def __init__(self, engine: Any, required: int, device: Any, numbers: Any = NUMBERS, **options: Any) -> None:
+        self.rank, self.device, self.numbers = engine.rank, device, numbers
         self.stream = testing.HostStream()
         self.channel = engine.open(
             "stream", "training", "the same", b"", required, wait_for_all=True, on_device=True, **options
         )
-        layout = [(len(numbers), "float32") for numbers in NUMBERS] + [(1, "float64")]
+        layout = [(len(each), "float32") for each in numbers] + [(1, "float64")]
         self.channel.set_layout(layout, [0] * 4, [True] * 3 + [False])
-        self.mine = [np.full(len(numbers), np.nan, np.float32) for numbers in NUMBERS]
-        self.device_results = [np.full(len(numbers), np.nan, np.float32) for numbers in NUMBERS]
-        self.sent = [np.full(len(numbers), np.nan, np.float32) for numbers in NUMBERS]
-        self.received = [np.full(len(numbers), np.nan, np.float32) for numbers in NUMBERS]
+        self.mine, self.device_results, self.sent, self.received = (
+            [np.full(len(each), np.nan, np.float32) for each in numbers] for _ in range(4)
+        )
         self.scalar, self.mean = np.zeros(1), np.zeros(1)
         self.channel.set_results([r.ctypes.data for r in [*self.received, self.mean]])
         self.channel.measure(3)
@@ -51,7 +50,7 @@ class DeviceStream:
         """pause: called between the first bucket and the second."""
         sums = self.device.sums
         self.channel.begin(1.0, b"from %d" % self.rank)
-        for bucket, numbers in enumerate(NUMBERS):
+        for bucket, numbers in enumerate(self.numbers):
             if bucket == 1:
                 pause()
             self.mine[bucket][:] = np.nan  # until the caller's stream gets there
@@ -83,7 +82,7 @@ class DeviceStream:
             ranks = update.contributors[0]
             mean = np.float32(sum(2.0**r for r in ranks)) * np.float32(1 / len(ranks))
             for result, numbers in zip(
-                self.device_results if update.contributed else self.received, NUMBERS, strict=True
+                self.device_results if update.contributed else self.received, self.numbers, strict=True
             ):
                 np.testing.assert_allclose(result, mean * numbers, rtol=1e-6)
                 result[:] = np.nan
@@ -128,6 +127,7 @@ def train(
     why_no_groups: str = "",
     trace: str = "",
     means: str = "nccl",
+    journal_on_device: bool = False,
     **options: Any,
 ) -> Any:
     """Runs body(stream, all devices) on each rank, then leaves. Returns streams and devices."""
@@ -136,7 +136,7 @@ def train(
 
     def run(engine: Any) -> DeviceStream:
         device = on[engine.rank]
-        engine.use_device(device, means)
+        engine.use_device(device, means, journal_on_device)
         stream = DeviceStream(engine, device=device, **options)
         body(stream, on)
         stream.leave()
@@ -157,7 +157,7 @@ def test_gpus_exchange_data_directly_once_their_group_is_formed(
     streams, on = train(size, tmp_path, body, means=means, arrive=arrive)
     equal_histories(streams)
     assert all(device.sums >= 10 for device in on), "each was the sum of a shard"
-    assert all(device.groups == (means == "nccl") for device in on)
+    assert all((device.groups > 0) == (means == "nccl") for device in on)
 
 
 @pytest.mark.parametrize("automatic", [False, True])
@@ -207,8 +207,8 @@ def test_without_groups_gradients_go_through_host_memory(tmp_path: Path) -> None
     assert all(device.groups == device.exchanges == 0 and device.copies > 0 for device in on)
 
 
-@both_means
-def test_i1_a_late_rank_fetches_what_gpus_have_exchanged_from_host_memory(means: str, tmp_path: Path) -> None:
+def miss_some() -> Callable[[DeviceStream, list[Any]], None]:
+    """Of four ranks the last one is late by many updates, once."""
     gone_by, back = threading.Event(), threading.Event()
 
     def body(stream: DeviceStream, on: list[Any]) -> None:
@@ -230,8 +230,54 @@ def test_i1_a_late_rank_fetches_what_gpus_have_exchanged_from_host_memory(means:
 
         until(back.is_set, step)
 
-    streams, _ = train(4, tmp_path, body, means=means)
+    return body
+
+
+@both_means
+def test_i1_a_late_rank_fetches_what_gpus_have_exchanged_from_host_memory(means: str, tmp_path: Path) -> None:
+    streams, on = train(4, tmp_path, miss_some(), means=means)
     equal_histories(streams)
+    assert all(device.host_places and not device.reads for device in on)
+
+
+@both_means
+@pytest.mark.parametrize("elements", [ELEMENTS, 800_000])  # in the latter case a shard is read in two pieces
+def test_i1_a_late_rank_fetches_what_gpus_have_exchanged_from_their_memory(
+    elements: int, means: str, tmp_path: Path
+) -> None:
+    numbers = [np.arange(elements, dtype=np.float32) % 61, *NUMBERS[1:]]
+    streams, on = train(4, tmp_path, miss_some(), means=means, journal_on_device=True, numbers=numbers)
+    equal_histories(streams)
+    assert sum(device.reads for device in on[:3]) > 0
+    assert all(device.host_places == 1 for device in on), "what is read goes through it"
+
+
+def test_what_the_gpu_has_no_memory_for_is_kept_in_host_memory(tmp_path: Path) -> None:
+    body, limited = miss_some(), 10
+
+    def with_little_memory(stream: DeviceStream, on: list[Any]) -> None:
+        stream.device.most_queue_memory = limited
+        body(stream, on)
+        assert stream.device.in_queue_memory <= limited
+
+    streams, on = train(4, tmp_path, with_little_memory, journal_on_device=True)
+    equal_histories(streams)
+    assert any(device.host_places > 1 for device in on)
+
+
+def test_what_everybody_has_is_kept_no_longer(tmp_path: Path) -> None:
+    most = [0, 0]
+
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        def step() -> None:
+            stream.step()
+            most[stream.rank] = max(most[stream.rank], stream.device.in_queue_memory)
+
+        until(lambda: all(device.exchanges >= 60 for device in on), step)
+
+    streams, _ = train(2, tmp_path, body, journal_on_device=True, required=1, grace_us=1_000_000)
+    equal_histories(streams)
+    assert 0 < max(most) <= 5 * 2 * 3, "of some steps: two shards of three buckets each"
 
 
 @both_means
@@ -281,8 +327,9 @@ def test_i4_a_contributor_that_stops_amid_its_backward_pass_is_replaced_and_its_
 
 
 @both_means
-@pytest.mark.parametrize("seed", range(4))
-def test_i1_under_random_delays_and_drops(seed: int, means: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("journal_on_device", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_i1_under_random_delays_and_drops(seed: int, journal_on_device: bool, means: str, tmp_path: Path) -> None:
     def body(stream: DeviceStream, on: list[Any]) -> None:
         chance = random.Random(seed * 10 + stream.rank)
         for _ in range(60):
@@ -290,7 +337,7 @@ def test_i1_under_random_delays_and_drops(seed: int, means: str, tmp_path: Path)
                 time.sleep(chance.random() * 0.02)
             stream.step()
 
-    streams, _ = train(4, tmp_path, body, means=means, required=2)
+    streams, _ = train(4, tmp_path, body, means=means, required=2, journal_on_device=journal_on_device)
     equal_histories(streams)
 
 

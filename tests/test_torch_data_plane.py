@@ -60,8 +60,9 @@ def train(optimizer: Any, model: torch.nn.Module, device: HostDevice, steps: int
             mark("exchanged")
 
 
-def train_while_one_stops(folder: str, plane: str) -> dict[str, Any]:
+def train_while_one_stops(folder: str, plane: str, journal: str) -> dict[str, Any]:
     os.environ["HVD_BACKUP_DATA_PLANE"] = plane
+    os.environ["HVD_BACKUP_JOURNAL"] = journal
     init(takes_gpu_memory=True)
     device, model = on_a_gpu(folder), make_model()
     optimizer = make_optimizer(model)
@@ -71,15 +72,18 @@ def train_while_one_stops(folder: str, plane: str) -> dict[str, Any]:
         "step": optimizer.global_step,
         "exchanges": device.exchanges,
         "groups": device.groups,  # by NCCL
+        "reads": device.reads,
     }
 
 
 both_planes = pytest.mark.parametrize("plane", ["nccl", "mpi"])
 
 
-@both_planes
-def test_i4_a_process_that_stops_amid_an_exchange_is_left_behind_and_comes_back(plane: str, tmp_path: Path) -> None:
-    with start_ranks(4, train_while_one_stops, [str(tmp_path), plane], timeout_s=120) as job:
+@pytest.mark.parametrize(("plane", "journal"), [("nccl", "host"), ("nccl", "device"), ("mpi", "host")])
+def test_i4_a_process_that_stops_amid_an_exchange_is_left_behind_and_comes_back(
+    plane: str, journal: str, tmp_path: Path
+) -> None:
+    with start_ranks(4, train_while_one_stops, [str(tmp_path), plane, journal], timeout_s=120) as job:
         job.wait_for_mark(0, "exchanged")
         chance = random.Random(1)
         for _ in range(STOPS):
@@ -92,6 +96,7 @@ def test_i4_a_process_that_stops_amid_an_exchange_is_left_behind_and_comes_back(
     assert [value["step"] for value in values] == [STEPS] * 4
     assert values[0]["exchanges"] >= 10
     assert all((value["groups"] > 0) == (plane == "nccl") for value in values)
+    assert any(value["reads"] > 0 for value in values) == (journal == "device")
 
 
 def train_while_one_dies(folder: str, plane: str) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def test_i1_one_history_under_rotating_delays(number: int, histories: Any) -> No
     assert len({value["digest"] for value in values}) == 1
     assert all(value["updates"] == values[0]["updates"] for value in values)
     assert [update[0] for update in values[0]["updates"]] == list(range(STEPS))
-    assert all(value["counters"]["contributed"] > 0 and value["counters"]["dropped"] > 0 for value in values)
+    assert all(value["counters"]["contributed"] > 0 for value in values)
+    assert any(value["counters"]["dropped"] > 0 for value in values)
     for value in values:
         assert value["counters"]["contributed"] + value["counters"]["caught_up"] == STEPS
 
@@ -199,4 +200,4 @@ def test_i4_a_rank_stopped_while_it_computes_costs_the_others_nothing() -> None:
     back = contributed.index(True, missed + 20)
     assert back - missed > 50, "the others did not go on without it"
     assert sum(contributed[back:]) > (len(contributed) - back) / 8, "it came back, but hardly took part"
-    assert max(max(value["times"][1:]) for value in values[:3]) < 0.5  # of a stop of 2 s, on a machine that is shared
+    assert max(max(value["times"][1:]) for value in values[:3]) < 1.0  # of a stop of 2 s, on a machine that is shared

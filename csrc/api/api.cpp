@@ -165,9 +165,9 @@ hvdb_status hvdb_recorded(hvdb_engine* engine, int64_t last, const char** text) 
   });
 }
 
-hvdb_status hvdb_use_device(hvdb_engine* engine, void* device, const char* means) {
+hvdb_status hvdb_use_device(hvdb_engine* engine, void* device, const char* means, int journal_on_device) {
   return guarded([&] {
-    engine->engine->use_device(*static_cast<Device*>(device), text(means));
+    engine->engine->use_device(*static_cast<Device*>(device), text(means), journal_on_device != 0);
     return HVDB_OK;
   });
 }

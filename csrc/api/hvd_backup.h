@@ -81,8 +81,9 @@ hvdb_status hvdb_recorded(hvdb_engine* engine, int64_t last, const char** text);
 
 /* The GPU of this rank, once, before channels with buckets on it are opened. device: address of a hvd_backup::Device
  * (device/device.h) of the same build, which must outlive the engine. means: by which data go from GPU to GPU: "nccl",
- * or "mpi" where hvdb_takes_device_memory. */
-hvdb_status hvdb_use_device(hvdb_engine* engine, void* device, const char* means);
+ * or "mpi" where hvdb_takes_device_memory. journal_on_device: what was summed there is kept for late ranks on the GPU;
+ * otherwise in page-locked host memory. */
+hvdb_status hvdb_use_device(hvdb_engine* engine, void* device, const char* means, int journal_on_device);
 /* Whether MPI has said on all ranks, when the engine was made, that it takes GPU memory (is CUDA-aware). */
 int hvdb_takes_device_memory(const hvdb_engine* engine);
 

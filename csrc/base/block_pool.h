@@ -20,6 +20,14 @@ class BlockPool {
   // At least `size` bytes, contents undefined; otherwise from allocate(size).
   template <class Allocate>
   Block take(std::size_t size, Allocate allocate) {
+    Block found = take_again(size);
+    if (found.data) return found;
+    if (!blocks_.empty()) blocks_.pop_back();  // too small: replaced by the new one
+    return {allocate(size), size};
+  }
+
+  // Empty: there is none of that size.
+  Block take_again(std::size_t size) {
     for (std::size_t i = blocks_.size(); i > 0; --i) {  // the one that came back last is most likely in the cache
       Block& block = blocks_[i - 1];
       if (block.size < size) continue;
@@ -27,8 +35,7 @@ class BlockPool {
       blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(i - 1));
       return found;
     }
-    if (!blocks_.empty()) blocks_.pop_back();  // too small: replaced by the new one
-    return {allocate(size), size};
+    return {};
   }
 
   void give_back(Block block) { blocks_.push_back(std::move(block)); }

@@ -350,12 +350,12 @@ NB_MODULE(_core, m) {
           nb::arg("channel"), nb::arg("step"), nb::arg("scope"), nb::arg("rank"))
       .def(
           "use_device",
-          [](PyEngine& self, const nb::object& device, const std::string& means) {
+          [](PyEngine& self, const nb::object& device, const std::string& means, bool journal_on_device) {
             auto* address = pointer<void>(nb::cast<std::uintptr_t>(device.attr("address")));
-            check(hvdb_use_device(self.engine, address, means.c_str()));
+            check(hvdb_use_device(self.engine, address, means.c_str(), journal_on_device ? 1 : 0));
             self.device = device;
           },
-          nb::arg("device"), nb::arg("means") = "nccl")
+          nb::arg("device"), nb::arg("means") = "nccl", nb::arg("journal_on_device") = false)
       .def_prop_ro("device", [](const PyEngine& self) { return self.device.is_valid() ? self.device : nb::none(); })
       .def(
           "replay_round_end",

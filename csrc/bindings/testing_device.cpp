@@ -172,6 +172,31 @@ class HostDevice final : public Device {
               --*in_use;
             }};
   }
+  std::shared_ptr<std::byte> queue_memory(std::size_t bytes) override {
+    if (*in_queue_memory >= most_queue_memory) return nullptr;
+    ++*in_queue_memory;
+    auto* const data = new std::byte[bytes];
+    return {pointer<std::byte>(reinterpret_cast<Address>(data) | disguise), [in_use = in_queue_memory](std::byte* it) {
+              delete[] undisguised(it);
+              --*in_use;
+            }};
+  }
+  std::shared_ptr<std::byte> host_memory(std::size_t bytes, bool may_wait) override {
+    auto block = may_wait ? host_blocks_->take(bytes) : host_blocks_->take_again(bytes);
+    if (block) ++host_places;
+    return block;
+  }
+  void read(void* to, const void* from, std::size_t bytes) override {
+    if (read_) throw RuntimeFailure("a second copy beside the queue before the first has ended");
+    ++reads;
+    read_ = [=] { std::memcpy(to, undisguised(from), bytes); };
+  }
+  bool has_read() override {
+    if (!read_ || random_() % 4 > 0) return false;
+    std::exchange(read_, nullptr)();
+    return true;
+  }
+
   void as_current(const std::function<void()>& body) override { body(); }
 
   Mark mark() override { return put_; }
@@ -200,7 +225,10 @@ class HostDevice final : public Device {
 
   std::atomic<int> copies = 0, sums = 0, groups = 0, exchanges = 0, aborts = 0;
   const std::shared_ptr<std::atomic<int>> in_use = std::make_shared<std::atomic<int>>(0);  // blocks of memory()
-  std::atomic<bool> hangs = false;        // nothing of the queue is done
+  const std::shared_ptr<std::atomic<int>> in_queue_memory = std::make_shared<std::atomic<int>>(0);  // blocks
+  std::atomic<int> host_places = 0, reads = 0;                                                      // so far
+  std::atomic<int> most_queue_memory = std::numeric_limits<int>::max();  // blocks: then none is left
+  std::atomic<bool> hangs = false;                                       // nothing of the queue is done
   std::atomic<int> failing_exchange = 0;  // the group fails at the exchange with this number
 
  private:
@@ -210,10 +238,13 @@ class HostDevice final : public Device {
   std::deque<std::function<bool()>> queue_;
   Mark put_ = 0, ended_ = 0;
   std::vector<std::unique_ptr<std::byte[]>> scratch_;
+  std::function<void()> read_;  // one that has not ended
   // What is given back is used again, though something may still use it, so that a test finds that.
-  const std::shared_ptr<SharedBlocks> blocks_ = std::make_shared<SharedBlocks>([](std::size_t bytes) {
-    return std::shared_ptr<std::byte>(new std::byte[bytes], std::default_delete<std::byte[]>());
-  });
+  static std::shared_ptr<std::byte> allocated(std::size_t bytes) {
+    return {new std::byte[bytes], std::default_delete<std::byte[]>()};
+  }
+  const std::shared_ptr<SharedBlocks> blocks_ = std::make_shared<SharedBlocks>(allocated);
+  const std::shared_ptr<SharedBlocks> host_blocks_ = std::make_shared<SharedBlocks>(allocated);
 };
 
 HostGroup::HostGroup(HostDevice& device, std::string name, int member, int members)
@@ -342,6 +373,12 @@ void register_device(nb::module_& module) {
       .def_prop_ro("exchanges", [](const HostDevice& self) { return self.exchanges.load(); })
       .def_prop_ro("aborts", [](const HostDevice& self) { return self.aborts.load(); })
       .def_prop_ro("in_use", [](const HostDevice& self) { return self.in_use->load(); })
+      .def_prop_ro("in_queue_memory", [](const HostDevice& self) { return self.in_queue_memory->load(); })
+      .def_prop_ro("host_places", [](const HostDevice& self) { return self.host_places.load(); })
+      .def_prop_ro("reads", [](const HostDevice& self) { return self.reads.load(); })
+      .def_prop_rw(
+          "most_queue_memory", [](const HostDevice& self) { return self.most_queue_memory.load(); },
+          [](HostDevice& self, int value) { self.most_queue_memory = value; })
       .def_prop_rw(
           "hangs", [](const HostDevice& self) { return self.hangs.load(); },
           [](HostDevice& self, bool value) { self.hangs = value; })

@@ -101,10 +101,9 @@ void DeviceAllreduce::exchange_results() {
 }
 
 void DeviceAllreduce::finish() {
-  for (const Shard& part : options_.kept) {
-    const std::size_t begin = part.begin * element_bytes_;
-    device_.copy(static_cast<std::byte*>(options_.host_result) + begin,
-                 static_cast<const std::byte*>(options_.result) + begin, part.size() * element_bytes_);
+  for (const auto& [part, place] : options_.kept) {
+    device_.copy(place.get(), static_cast<const std::byte*>(options_.result) + part.begin * element_bytes_,
+                 part.size() * element_bytes_);
   }
   end_ = device_.mark();
 }

@@ -29,9 +29,12 @@ struct DeviceAllreduceOptions {
   // On the GPU.
   const void* contribution = nullptr;
   void* result = nullptr;
-  // What is copied to host memory, to the same place there.
-  std::vector<Shard> kept;
-  void* host_result = nullptr;
+  // Parts of the result that are copied elsewhere, too, before it is complete.
+  struct Kept {
+    Shard part;
+    std::shared_ptr<std::byte> place;
+  };
+  std::vector<Kept> kept;
   // If given: the squared norms of this member's shard are added to it, in the same pass, before it is complete.
   std::shared_ptr<SquaredNorms> norms;
 };

@@ -2,8 +2,8 @@
 // of ranks whose GPUs exchange data without the host (an NCCL communicator). The GPU library implements it with CUDA;
 // the tests with host memory.
 //
-// Threads: record() from any; all else from the one that has the engine's turn. Nothing here blocks but abort(). What
-// goes wrong is a RuntimeFailure; in a group it is the group's state.
+// Threads: record() from any; all else from the one that has the engine's turn. Nothing here blocks but abort(), and
+// host_memory() if it may. What goes wrong is a RuntimeFailure; in a group it is the group's state.
 #pragma once
 
 #include <cstddef>
@@ -83,6 +83,18 @@ class Device {
   // it, once a mark that was made after this call has been reached. May be given back after the device has gone, but by
   // whoever has the engine's turn.
   virtual std::shared_ptr<std::byte> memory(std::size_t bytes) = 0;
+
+  // The same, but for the queue alone and in its order, and neither taking nor giving back waits for anything. It must
+  // not outlive the device. Null: there is no memory left.
+  virtual std::shared_ptr<std::byte> queue_memory(std::size_t bytes) = 0;
+
+  // At least so many bytes of host memory to and from which copies go without the host (page-locked). To take more than
+  // there was may wait for all that is in the queue: unless `may_wait`, null is given instead. As memory() for the rest.
+  virtual std::shared_ptr<std::byte> host_memory(std::size_t bytes, bool may_wait) = 0;
+
+  // Beside the queue: begins a copy from the GPU, of what is there by now, to host_memory(). One at a time.
+  virtual void read(void* to, const void* from, std::size_t bytes) = 0;
+  virtual bool has_read() = 0;  // the last one has ended
 
   // Runs this with the GPU as the calling thread's current one, as other libraries need it that are told of its memory.
   virtual void as_current(const std::function<void()>& body) = 0;

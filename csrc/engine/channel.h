@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/data_type.h"
@@ -52,6 +53,9 @@ struct Reduction {
   int left = 0;                                                // buckets that are not complete
   Squares squares;                                             // of what this rank has summed
   bool keeps_all = false;                                      // a contributor has stopped: all shards are kept here
+  // By bucket and shard: where its GPU puts what is kept; none: there was no place, so it goes through the result in
+  // host memory.
+  std::map<std::pair<int, int>, Journal::Block> places;
 };
 
 struct Channel {

@@ -3,12 +3,17 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <utility>
 
 #include "collective/transport_group.h"
 
 namespace hvd_backup {
+
+namespace {
+constexpr std::size_t staging_bytes = 1 << 20;  // much longer on its way than it takes to begin the next one
+}
 
 // In a group. When that fails it never completes: the coordinator begins another attempt.
 class DeviceWork::InGroup final : public RunningAllreduce {
@@ -98,8 +103,10 @@ class DeviceWork::ThroughHost final : public RunningAllreduce, public std::enabl
   bool over_ = false;
 };
 
-DeviceWork::DeviceWork(Device& device, Transport* group_transport, int rank)
-    : device_(device), group_transport_(group_transport), rank_(rank) {}
+DeviceWork::DeviceWork(Device& device, Transport* group_transport, bool journal_on_device, int rank)
+    : device_(device), group_transport_(group_transport), journal_on_device_(journal_on_device), rank_(rank) {
+  if (journal_on_device) staging_ = device.host_memory(staging_bytes, true);  // now, while the GPU waits for nobody
+}
 DeviceWork::~DeviceWork() = default;
 
 bool DeviceWork::progress_of(Transport& transport) {
@@ -202,6 +209,41 @@ std::shared_ptr<RunningAllreduce> DeviceWork::start_through_host(Transport& tran
   return op;
 }
 
+Journal::Block DeviceWork::place_for(std::size_t bytes) {
+  if (journal_on_device_) {
+    if (auto data = device_.queue_memory(bytes)) return {std::move(data), bytes, true};
+  }
+  const bool waits_for_nobody = in_groups_.empty();
+  return {device_.host_memory(bytes, waits_for_nobody), bytes, false};
+}
+
+void DeviceWork::read(Journal::Block block, OnRead on_read) {
+  auto data = std::make_shared<std::vector<std::byte>>(block.bytes);
+  reads_.push_back({std::move(block), std::move(on_read), std::move(data)});
+}
+
+// Whether anything has happened.
+bool DeviceWork::go_on_reading() {
+  if (reads_.empty()) return false;
+  Read& first = reads_.front();
+  const bool reading = first.begun > first.ended;
+  if (reading && !device_.has_read()) return false;
+  if (reading) {
+    std::memcpy(first.data->data() + first.ended, staging_.get(), first.begun - first.ended);
+    first.ended = first.begun;
+  }
+  if (first.ended < first.block.bytes) {
+    const std::size_t piece = std::min(staging_bytes, first.block.bytes - first.ended);
+    device_.read(staging_.get(), first.block.data.get() + first.ended, piece);
+    first.begun += piece;
+    return true;
+  }
+  const Read done = std::move(first);
+  reads_.pop_front();
+  done.on_read(done.data);
+  return true;
+}
+
 void DeviceWork::copy_now(void* to, const void* from, std::size_t bytes) {
   device_.copy(to, from, bytes);
   drain();
@@ -267,6 +309,7 @@ bool DeviceWork::progress() {
     return op->over() || op->complete();
   });
   for (const OnDone& each : done) each();
+  worked = go_on_reading() || worked;
   return worked || !done.empty();
 }
 

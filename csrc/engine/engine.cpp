@@ -219,7 +219,7 @@ void Engine::submit(Channel& channel, int bucket, const void* contribution, void
   if (!wait_follows || driven_) wake();
 }
 
-void Engine::use_device(Device& device, const std::string& means) {
+void Engine::use_device(Device& device, const std::string& means, bool journal_on_device) {
   const std::scoped_lock lock(mutex_);
   check_usable(nullptr);
   if (device_) throw UsageError("rank " + std::to_string(rank_) + " uses a GPU already");
@@ -228,7 +228,7 @@ void Engine::use_device(Device& device, const std::string& means) {
   if (by_mpi && !takes_device_memory_) {
     throw UsageError("GPUs cannot exchange data by MPI: it does not take GPU memory on all ranks. Use 'nccl'");
   }
-  device_ = std::make_unique<DeviceWork>(device, by_mpi ? transport_.get() : nullptr, rank_);
+  device_ = std::make_unique<DeviceWork>(device, by_mpi ? transport_.get() : nullptr, journal_on_device, rank_);
   device_in_use_ = device_.get();
   if (coordinator_ && !by_mpi) {
     coordinator_->set_name_group([&device]() -> GroupName {

@@ -87,8 +87,8 @@ class Engine {
   void submit(Channel& channel, int bucket, const void* contribution, void* result, OnDevice on_device, void* stream,
               bool wait_follows);
   // The GPU of this rank, once. It must outlive this. means: by which it exchanges data with others directly, "nccl" or
-  // "mpi"; the latter needs takes_device_memory().
-  void use_device(Device& device, const std::string& means);
+  // "mpi"; the latter needs takes_device_memory(). journal_on_device: see DeviceWork.
+  void use_device(Device& device, const std::string& means, bool journal_on_device);
   bool takes_device_memory() const { return takes_device_memory_; }
   // True and the update when there is one within the timeout.
   bool wait(Channel& channel, TimeUs timeout_us, Update* update);
@@ -202,8 +202,11 @@ class Engine {
   void answer(Channel& channel, const Probe& probe);
   void stand_in_for(Channel& channel, const Final& message);
   std::vector<int> shards_kept(const Ranks& contributors, bool all) const;
+  using Places = std::map<std::pair<int, int>, Journal::Block>;
+  Places places_on_device(const Channel& channel, const Decision& decision);
   void keep_for_late_ranks(Channel& channel, const Decision& decision);
-  void keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all);
+  void keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all,
+                           Places places = {});
   void start_fetch(Channel& channel, const CatchUp& missed, TimeUs now);
   void tick_fetches(TimeUs now);
   void take_records();

@@ -74,11 +74,15 @@ void Engine::serve(int from, const Pull& pull) {
       forgotten = pull.step < channel->member.all_have();
     }
   }
-  if (!block) {
+  if (!block.data) {
     send(from, Refused{pull, forgotten});
-    return;
+  } else if (block.on_device) {
+    device_->read(block, [this, from, tag = pull.tag](const std::shared_ptr<const std::vector<std::byte>>& data) {
+      transport_->start_send(from, tag, *data, [data] {});
+    });
+  } else {
+    transport_->start_send(from, pull.tag, {block.data.get(), block.bytes}, [block] {});
   }
-  transport_->start_send(from, pull.tag, *block, [block] {});
 }
 
 // A rank beyond the journal asks for a piece of the state that this rank has offered.
@@ -172,12 +176,14 @@ void Engine::start_reduction(const Start& start) {
     options.count = bucket.layout.count;
     options.contribution = bucket.on_device->contribution;
     options.result = bucket.on_device->result;
-    if (!start.channel->member.holds()) {
-      for (const int shard : shards_kept(decision.contributors, false)) {
-        options.kept.push_back(shard_of(bucket.layout.count, ranks.size(), static_cast<std::size_t>(shard)));
-      }
+    Places& places = start.channel->reductions[decision.scope].places;
+    if (places.empty()) places = places_on_device(*start.channel, decision);
+    for (const auto& [place, block] : places) {
+      if (place.first != start.bucket) continue;
+      const Shard part = shard_of(bucket.layout.count, ranks.size(), static_cast<std::size_t>(place.second));
+      std::byte* const in_result = static_cast<std::byte*>(bucket.result) + part.begin * size_of(bucket.layout.dtype);
+      options.kept.push_back({part, block.data ? block.data : std::shared_ptr<std::byte>(block.data, in_result)});
     }
-    options.host_result = bucket.result;
     options.norms = norms;
     running = device_->start_in_group(decision.group, tag, ranks, std::move(options), bucket.on_device->ready,
                                       std::move(on_done));
@@ -242,8 +248,27 @@ void Engine::abandon(Channel& channel, Reduction& reduction) {
 
 void Engine::keep_for_late_ranks(Channel& channel, const Decision& decision) {
   if (static_cast<int>(decision.contributors.size()) == size_ && !decision.votes) return;
-  keep_for_late_ranks(channel, decision.step, decision.scope, decision.contributors,
-                      channel.reductions[decision.scope].keeps_all);
+  Reduction& reduction = channel.reductions[decision.scope];
+  keep_for_late_ranks(channel, decision.step, decision.scope, decision.contributors, reduction.keeps_all,
+                      std::exchange(reduction.places, {}));
+}
+
+// Where an attempt in a group puts what this rank keeps of it. Of all buckets at once, before any has begun: then the
+// GPU waits for nobody, and more memory can be taken.
+Engine::Places Engine::places_on_device(const Channel& channel, const Decision& decision) {
+  Places places;
+  if (channel.member.holds()) return places;  // kept once it is committed
+  const std::size_t k = decision.contributors.size();
+  for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
+    const BucketLayout& layout = channel.buckets[b].layout;
+    if (!layout.on_device || layout.scope != decision.scope) continue;
+    for (const int shard : shards_kept(decision.contributors, false)) {
+      const std::size_t elements = shard_of(layout.count, k, static_cast<std::size_t>(shard)).size();
+      if (elements == 0) continue;
+      places.emplace(std::pair(static_cast<int>(b), shard), device_->place_for(elements * size_of(layout.dtype)));
+    }
+  }
+  return places;
 }
 
 // Which shards of the result this rank keeps, if it is among the contributors; or all.
@@ -259,14 +284,19 @@ std::vector<int> Engine::shards_kept(const Ranks& contributors, bool all) const 
   return kept;
 }
 
-// Of the result in host memory that this rank has now.
-void Engine::keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all) {
+// Of the result that this rank has now: in host memory, if it has not been put elsewhere already.
+void Engine::keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all,
+                                 Places places) {
   const std::size_t k = contributors.size();
   const std::vector<int> kept = shards_kept(contributors, all);
   for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
     const Bucket& bucket = channel.buckets[b];
     if (bucket.layout.scope != scope) continue;
     for (const int shard : kept) {
+      if (Journal::Block& block = places[{static_cast<int>(b), shard}]; block.data) {
+        channel.journal.keep(step, static_cast<int>(b), shard, std::move(block));
+        continue;
+      }
       const Shard cut = shard_of(bucket.layout.count, k, static_cast<std::size_t>(shard));
       const std::size_t size = size_of(bucket.layout.dtype);
       const auto* begin = static_cast<const std::byte*>(bucket.result) + cut.begin * size;

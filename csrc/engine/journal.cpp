@@ -9,25 +9,34 @@ constexpr std::size_t spare_limit = 8;  // two shards of a few buckets: what a s
 }
 
 void Journal::keep(Step step, int bucket, int shard, std::span<const std::byte> data) {
-  std::shared_ptr<std::vector<std::byte>> block;
+  Memory memory;
   for (auto spare = spare_.begin(); spare != spare_.end(); ++spare) {
     if (spare->use_count() == 1 && (*spare)->capacity() >= data.size()) {
-      block = std::move(*spare);
+      memory = std::move(*spare);
       spare_.erase(spare);
       break;
     }
   }
-  if (!block) block = std::make_shared<std::vector<std::byte>>();
-  block->assign(data.begin(), data.end());
-  auto& place = blocks_[{step, bucket, shard}];
-  if (place) bytes_ -= place->size();
-  place = std::move(block);
-  bytes_ += data.size();
+  if (!memory) memory = std::make_shared<std::vector<std::byte>>();
+  memory->assign(data.begin(), data.end());
+  const Block block{{memory, memory->data()}, data.size(), false};
+  put({step, bucket, shard}, {block, std::move(memory)});
+}
+
+void Journal::keep(Step step, int bucket, int shard, Block block) {
+  put({step, bucket, shard}, {std::move(block), nullptr});
+}
+
+void Journal::put(const Key& key, Kept kept) {
+  Kept& place = blocks_[key];
+  bytes_ -= place.block.bytes;
+  bytes_ += kept.block.bytes;
+  place = std::move(kept);
 }
 
 Journal::Block Journal::find(Step step, int bucket, int shard) const {
   const auto found = blocks_.find({step, bucket, shard});
-  return found == blocks_.end() ? nullptr : found->second;
+  return found == blocks_.end() ? Block{} : found->second.block;
 }
 
 void Journal::forget(Step step, int bucket) {
@@ -41,8 +50,10 @@ void Journal::forget_before(Step step) {
 
 void Journal::forget(Blocks::iterator begin, Blocks::iterator end) {
   for (auto block = begin; block != end; block = blocks_.erase(block)) {
-    bytes_ -= block->second->size();
-    if (spare_.size() < spare_limit) spare_.push_back(std::move(block->second));
+    Kept& kept = block->second;
+    bytes_ -= kept.block.bytes;
+    kept.block = {};
+    if (kept.memory && spare_.size() < spare_limit) spare_.push_back(std::move(kept.memory));
   }
 }
 

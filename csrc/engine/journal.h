@@ -2,6 +2,8 @@
 // its neighbour's, shard i-1, of each bucket: 2 M/k bytes an update, and one stopped keeper blocks nobody. When one
 // stops before it has its shards, the others keep all, so that another one may stop, too. Bounded by the coordinator,
 // which decides no update that the journals could not hold (max_lag).
+//
+// They lie in host memory, or, if they were summed on a GPU, in page-locked memory or on the GPU (device_work.h).
 #pragma once
 
 #include <atomic>
@@ -18,12 +20,18 @@ namespace hvd_backup {
 
 class Journal {
  public:
-  using Block = std::shared_ptr<const std::vector<std::byte>>;
+  struct Block {
+    std::shared_ptr<std::byte> data;  // null: there is none
+    std::size_t bytes = 0;
+    bool on_device = false;
+  };
 
   // Copies the shard. A block that is still on its way to somebody stays alive until it has arrived.
   void keep(Step step, int bucket, int shard, std::span<const std::byte> data);
+  // Copies nothing.
+  void keep(Step step, int bucket, int shard, Block block);
 
-  // Null when it is not here.
+  // None when it is not here.
   Block find(Step step, int bucket, int shard) const;
 
   // What was kept of it has not become the update.
@@ -36,12 +44,18 @@ class Journal {
 
  private:
   using Key = std::tuple<Step, int, int>;
-  using Blocks = std::map<Key, std::shared_ptr<std::vector<std::byte>>>;
+  using Memory = std::shared_ptr<std::vector<std::byte>>;
+  struct Kept {
+    Block block;
+    Memory memory;  // the block's, unless it came from elsewhere
+  };
+  using Blocks = std::map<Key, Kept>;
 
+  void put(const Key& key, Kept kept);
   void forget(Blocks::iterator begin, Blocks::iterator end);
 
   Blocks blocks_;
-  std::vector<std::shared_ptr<std::vector<std::byte>>> spare_;  // memory to use again; fresh pages are slow
+  std::vector<Memory> spare_;  // memory to use again; fresh pages are slow
   std::atomic<std::size_t> bytes_ = 0;
 };
 

@@ -115,6 +115,25 @@ class CudaDevice final : public Device {
 
   std::shared_ptr<std::byte> memory(std::size_t bytes) override { return blocks_->take(bytes); }
 
+  std::shared_ptr<std::byte> queue_memory(std::size_t bytes) override {
+    const OnDevice here(device_);
+    return stream_memory(device_, stream_.get(), bytes);
+  }
+
+  std::shared_ptr<std::byte> host_memory(std::size_t bytes, bool may_wait) override {
+    return may_wait ? host_blocks_->take(bytes) : host_blocks_->take_again(bytes);
+  }
+
+  void read(void* to, const void* from, std::size_t bytes) override {
+    const OnDevice here(device_);
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, aside_.get()), "reading");
+    check(cudaEventRecord(read_.get(), aside_.get()), "marking the end of a copy");
+  }
+  bool has_read() override {
+    const OnDevice here(device_);
+    return has_ended(read_);
+  }
+
   void as_current(const std::function<void()>& body) override {
     const OnDevice here(device_);
     body();
@@ -166,6 +185,10 @@ class CudaDevice final : public Device {
   StreamMemory norms_;  // of the one sum that is at work
   const std::shared_ptr<SharedBlocks> blocks_ =
       std::make_shared<SharedBlocks>([device = device_](std::size_t bytes) { return shareable_memory(device, bytes); });
+  const std::shared_ptr<SharedBlocks> host_blocks_ =
+      std::make_shared<SharedBlocks>([device = device_](std::size_t bytes) { return host_memory_of(device, bytes); });
+  OwnStream aside_;  // of reads
+  Event read_;       // the last one has ended
   const std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
   const std::shared_ptr<NormsPool> norms_pool_ = std::make_shared<NormsPool>();
   std::deque<Event> marks_;  // those that are not known to be reached, in the order of the queue

@@ -133,6 +133,32 @@ class StreamMemory {
   std::size_t size_ = 0;
 };
 
+// The same, in blocks with an owner each, all gone before the stream. Null: no memory is left.
+inline std::shared_ptr<std::byte> stream_memory(int device, cudaStream_t stream, std::size_t bytes) {
+  void* data = nullptr;
+  const cudaError_t status = cudaMallocAsync(&data, bytes, stream);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // or the next launch would be blamed for it
+    return nullptr;
+  }
+  check(status, "taking memory");
+  return {static_cast<std::byte*>(data), [device, stream](std::byte* memory) {
+            try {
+              const OnDevice here(device);
+              cudaFreeAsync(memory, stream);
+            } catch (const RuntimeFailure&) {
+              // CUDA has ended before: so has the memory.
+            }
+          }};
+}
+
+// Host memory as above, in one block.
+inline std::shared_ptr<std::byte> host_memory_of(int device, std::size_t bytes) {
+  const OnDevice here(device);
+  auto memory = std::make_shared<HostMemory<std::byte>>(bytes);
+  return {memory, memory->get().data()};
+}
+
 // Memory of which other libraries and processes may be told: those that share it between processes (CUDA IPC) do not
 // know what belongs to a stream. To free it waits for all that the GPU does.
 inline std::shared_ptr<std::byte> shareable_memory(int device, std::size_t bytes) {

@@ -74,5 +74,5 @@ def _why_not(place: Context, policy: Policy, parameters: Sequence[torch.Tensor])
     assert transfers is not None
     gpu = transfers.engine_device(place.config.nccl_library)
     if place.engine.device is None:
-        place.engine.use_device(gpu, means)
+        place.engine.use_device(gpu, means, journal_on_device=place.config.journal == "device")
     return "" if place.engine.device is gpu else "another optimizer of this rank is on another GPU"

@@ -28,11 +28,11 @@ def _data_plane() -> str:
     means, why_not = data_plane.means_of(device, config, _mpi_takes_gpu_memory())
     if why_not:
         return f"through pinned host memory: {why_not}"
-    if means == "mpi":
-        return "from GPU to GPU, by CUDA-aware MPI"
     transfers = staging.transfers_of(device)
     assert transfers is not None
-    return f"from GPU to GPU, by NCCL {transfers.engine_device(config.nccl_library).nccl_version}"
+    nccl = f"NCCL {transfers.engine_device(config.nccl_library).nccl_version}"
+    kept = "on the GPU" if config.journal == "device" else "in page-locked host memory"
+    return f"from GPU to GPU, by {'CUDA-aware MPI' if means == 'mpi' else nccl}; kept for late ranks {kept}"
 
 
 def facts() -> list[tuple[str, str]]:
