@@ -89,7 +89,7 @@ class Device {
   virtual std::shared_ptr<std::byte> queue_memory(std::size_t bytes) = 0;
 
   // At least so many bytes of host memory to and from which copies go without the host (page-locked). To take more than
-  // there was may wait for all that is in the queue: unless `may_wait`, null is given instead. As memory() for the rest.
+  // there was may wait for all that is in the queue: unless `may_wait`, null is given instead. The rest as memory().
   virtual std::shared_ptr<std::byte> host_memory(std::size_t bytes, bool may_wait) = 0;
 
   // Beside the queue: begins a copy from the GPU, of what is there by now, to host_memory(). One at a time.
