@@ -170,9 +170,11 @@ class Channel:
         device_contribution: int,
         device_result: int,
         stream: int,
+        finite: bool = True,
     ) -> None:
         """The same for a bucket on the GPU, made by what was begun on `stream` (a cudaStream_t) until now.
 
+        finite: with drop_nonfinite, whether the contribution holds neither NaN nor infinity.
         contribution, result: page-locked host memory, through which it goes where GPUs cannot exchange data directly,
         and where missed updates come. In an update that this rank has contributed to, the result is on the GPU.
         """

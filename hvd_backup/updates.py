@@ -271,11 +271,12 @@ class UpdateStream:
             self._contributing = True
 
     def submit(
-        self, bucket: int, contribution: int, result: int, on_device: tuple[int, int, int] | None = None
+        self, bucket: int, contribution: int, result: int, on_device: tuple[int, int, int, bool] | None = None
     ) -> None:
         """Hands over a bucket of gradients, by address.
 
-        on_device: where it lies on the GPU: contribution, result, and the stream that makes the contribution.
+        on_device: where it lies on the GPU: contribution, result, and the stream that makes the contribution; and with
+        nonfinite="drop" whether it is finite.
         """
         if on_device is None:
             self.opened.submit(bucket, contribution, result)

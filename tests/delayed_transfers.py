@@ -6,6 +6,7 @@ memory holds other numbers; what a copy still needs must not change. Unlike ther
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from random import Random
 from typing import Any
@@ -36,8 +37,13 @@ class HostLibrary:
         scale: float,
         device: int | None,
         stream: int,
+        tally: int = 0,
     ) -> None:
-        core.gpu_pack(gradient, wire, gradients, begins, counts, bucket, scale)
+        measured = core.gpu_pack(gradient, wire, gradients, begins, counts, bucket, scale, measured=tally != 0)
+        if tally:
+            _, squares, nonfinite = measured
+            ctypes.c_double.from_address(tally).value = squares
+            ctypes.c_uint32.from_address(tally + 8).value = nonfinite
 
 
 class DelayedTransfers:
@@ -73,12 +79,11 @@ class DelayedTransfers:
     def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         self.ungathered -= set(streams)  # type: ignore[arg-type]
 
-    def pack(self, packing: staging.Packing, bucket: torch.Tensor, scale: float) -> None:
+    def pack(
+        self, packing: staging.Packing, bucket: torch.Tensor, scale: float, tally: torch.Tensor | None = None
+    ) -> None:
         assert not self.ungathered, "packing that may overtake what makes a gradient"
-        if packing.fused(staging.library(), bucket, scale, stream=0):
-            self.fused += 1
-        else:
-            packing.write(bucket, scale)
+        self.fused += packing.pack(staging.library(), bucket, scale, 0, tally)
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> DelayedCopy:
         assert not self.ungathered, "a copy that may overtake what packs its source"

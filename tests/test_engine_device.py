@@ -361,8 +361,6 @@ def test_what_does_not_fit_the_layout_is_an_error(tmp_path: Path) -> None:
     engine.use_device(device)
     with pytest.raises(UsageError, match="uses a GPU already"):
         engine.use_device(device)
-    with pytest.raises(UsageError, match="with drop_nonfinite gradients are handed over in host memory"):
-        engine.open("it", "training", "", b"", 1, on_device=True, arrive="last", drop_nonfinite=True)
     channel = engine.open("it", "training", "", b"", 1, on_device=True)
     with pytest.raises(UsageError, match="integers on the GPU"):
         channel.set_layout([(1, "int64")], [0], [True])

@@ -149,10 +149,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any], str, bool, str]] = {
     ),
     "by bucket": ("auto", {"scope": "bucket"}, "", True, "through host memory"),
     "asked for, by bucket": ("nccl", {"scope": "bucket"}, "", True, "scope='bucket' decides for each bucket by itself"),
-    "asked for, nonfinite": (
-        *("nccl", {"nonfinite": "drop"}, "", True),
-        "nonfinite='drop' looks at gradients in host memory",
-    ),
+    "nonfinite": ("auto", {"nonfinite": "drop"}, "", True, "by NCCL"),
     "asked for, b = 0": ("mpi", {"backup_workers": 0}, "", True, "without backup workers"),
 }
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from hvd_backup._core_testing import HostDevice
 
 import hvd_backup.torch as hvd
 from hvd_backup import context
+from tests.delayed_transfers import DelayedTransfers, HostLibrary, use
 from tests.launch import run_ranks
 from tests.torch_training import batch, digest, loss_of, make_model
 
@@ -123,19 +125,26 @@ def passed_on() -> bool:
     return bool(model.last.isnan().any())
 
 
-def all_cases() -> dict[str, Any]:
+def all_cases(gpus: str) -> dict[str, Any]:
+    """gpus: where stand-ins for them exchange data; empty: on the CPU."""
     hvd.init()
+    device = HostDevice(gpus, hvd.rank() + 1) if gpus else None
+    if device is not None:  # rank 1 was built without the GPU library, which looks while it packs
+        use(DelayedTransfers(device=device), library=None if hvd.rank() == 1 else HostLibrary)
     results: dict[str, Any] = {name: train(case) for name, case in CASES.items()}
+    results["exchanges"] = 0 if device is None else device.exchanges
     results["model"] = momentum_and_schedule()
     results["passed on"] = passed_on()
     results["recorded"] = context.current().engine.recorded(10_000)
     return results
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=["on the CPU", "on GPUs"])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank what each case gave; of rank 0 also what was recorded. No trace, so small buckets go with arrivals."""
-    results: list[dict[str, Any]] = run_ranks(SIZE, all_cases, env={"HVD_BACKUP_BUCKET_BYTES": "16"})
+    gpus = str(tmp_path_factory.mktemp("gpus")) if request.param == "on GPUs" else ""
+    results: list[dict[str, Any]] = run_ranks(SIZE, all_cases, [gpus], env={"HVD_BACKUP_BUCKET_BYTES": "16"})
+    assert all((of_rank["exchanges"] > 0) == bool(gpus) for of_rank in results)
     return results
 
 

@@ -280,11 +280,11 @@ hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribut
 }
 
 hvdb_status hvdb_submit_on_device(hvdb_channel* channel, int bucket, const void* contribution, void* result,
-                                  const void* device_contribution, void* device_result, void* stream,
+                                  const void* device_contribution, void* device_result, void* stream, int finite,
                                   int wait_follows) {
   return guarded([&] {
     channel->engine->submit(*channel->channel, bucket, contribution, result,
-                            OnDevice{device_contribution, device_result, {}}, stream, wait_follows != 0);
+                            OnDevice{device_contribution, device_result, finite != 0, {}}, stream, wait_follows != 0);
     return HVDB_OK;
   });
 }

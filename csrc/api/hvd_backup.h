@@ -122,7 +122,7 @@ typedef struct {
   int drop_nonfinite; /* gradients (hvdb_measure) with NaN or infinity count as late; not with arrive_first */
   int wait_for_all;   /* open only when all ranks have asked */
   int average;        /* results are means weighted by samples; otherwise sums. Integers: sums */
-  int on_device;      /* some buckets are on the GPU, see hvdb_use_device; not with drop_nonfinite */
+  int on_device;      /* some buckets are on the GPU, see hvdb_use_device */
 } hvdb_channel_spec;
 
 hvdb_status hvdb_open(hvdb_engine* engine, const hvdb_channel_spec* spec, hvdb_channel** channel);
@@ -145,9 +145,10 @@ hvdb_status hvdb_submit(hvdb_channel* channel, int bucket, const void* contribut
 /* The same for a bucket on the GPU, whose contribution is made by what was begun on `stream` until now. contribution
  * and result, in host memory (page-locked), are what it goes through where GPUs cannot exchange data directly. The
  * result of an update that this rank has contributed to (hvdb_update_contributed) is on the GPU, that of others in host
- * memory. */
+ * memory. finite: with drop_nonfinite, whether the contribution holds neither NaN nor infinity. */
 hvdb_status hvdb_submit_on_device(hvdb_channel* channel, int bucket, const void* contribution, void* result,
-                                  const void* device_contribution, void* device_result, void* stream, int wait_follows);
+                                  const void* device_contribution, void* device_result, void* stream, int finite,
+                                  int wait_follows);
 /* update may be NULL: then HVDB_OK says that there is one to take. */
 hvdb_status hvdb_wait(hvdb_channel* channel, int64_t timeout_us, hvdb_update** update);
 /* To be called between two hvdb_wait of one step by a thread that does nothing else, once it has waited for long: when

@@ -418,13 +418,13 @@ NB_MODULE(_core, m) {
       .def(
           "submit_on_device",
           [](PyChannel& self, int bucket, std::uintptr_t contribution, std::uintptr_t result,
-             std::uintptr_t device_contribution, std::uintptr_t device_result, std::uintptr_t stream) {
+             std::uintptr_t device_contribution, std::uintptr_t device_result, std::uintptr_t stream, bool finite) {
             check(hvdb_submit_on_device(self.channel, bucket, pointer<const void>(contribution), pointer<void>(result),
                                         pointer<const void>(device_contribution), pointer<void>(device_result),
-                                        pointer<void>(stream), 0));
+                                        pointer<void>(stream), finite ? 1 : 0, 0));
           },
           nb::arg("bucket"), nb::arg("contribution"), nb::arg("result"), nb::arg("device_contribution"),
-          nb::arg("device_result"), nb::arg("stream"))
+          nb::arg("device_result"), nb::arg("stream"), nb::arg("finite") = true)
       .def("wait", &wait)
       .def("hold", [](PyChannel& self) { check(hvdb_hold(self.channel)); })
       .def("commit", [](PyChannel& self) { check(hvdb_commit(self.channel)); })

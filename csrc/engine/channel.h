@@ -31,6 +31,7 @@ struct BucketLayout {
 struct OnDevice {
   const void* contribution = nullptr;
   void* result = nullptr;
+  bool finite = true;  // holds neither NaN nor infinity, with drop_nonfinite
   Device::Ready ready;
 };
 

@@ -101,9 +101,6 @@ Channel& Engine::open(const ChannelSpec& spec) {
     if (channel->name == spec.name) throw UsageError("'" + spec.name + "' is open already");
   }
   if (spec.on_device && !device_) throw UsageError("'" + spec.name + "' has buckets on a GPU, but none is in use");
-  if (spec.on_device && spec.drop_nonfinite) {
-    throw UsageError("'" + spec.name + "': with drop_nonfinite gradients are handed over in host memory");
-  }
   if (spec.drop_nonfinite && spec.arrive_first) {
     throw UsageError("'" + spec.name + "': with drop_nonfinite a rank arrives with its last bucket");
   }
@@ -197,7 +194,7 @@ void Engine::submit(Channel& channel, int bucket, const void* contribution, void
   DeviceWork* device = device_in_use_;
   if (device == nullptr) throw UsageError("'" + channel.name + "': a bucket on a GPU, but none is in use");
   on_device.ready = device->device().record(stream);
-  submit(channel, bucket, contribution, result, on_device, true, wait_follows);
+  submit(channel, bucket, contribution, result, on_device, on_device.finite, wait_follows);
 }
 
 void Engine::submit(Channel& channel, int bucket, const void* contribution, void* result,

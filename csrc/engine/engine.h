@@ -45,8 +45,9 @@ struct ChannelSpec {
   std::string proposal;
   ChannelOptions options;
   bool arrive_first = true;
-  bool drop_nonfinite = false;  // gradients that hold NaN or infinity count as late; not with arrive_first
-  bool average = true;          // results are means weighted by samples (floating point); otherwise plain sums
+  // Gradients that hold NaN or infinity count as late; not with arrive_first. On the GPU the caller has looked.
+  bool drop_nonfinite = false;
+  bool average = true;  // results are means weighted by samples (floating point); otherwise plain sums
   bool wait_for_all = false;
   bool on_device = false;  // some buckets are on the GPU; see use_device()
 };

@@ -74,6 +74,7 @@ class TorchUpdates(KerasUpdates):
             compression=options.compression,
             prescale=options.prescale,
             direct=direct,
+            judged=self.training.policy.nonfinite == "drop",
         )
         told = [(tuple(parameter.shape), DTYPES[parameter.dtype]) for parameter in parameters]
         update_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)

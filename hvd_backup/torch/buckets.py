@@ -60,7 +60,7 @@ class Bucket:
     """
 
     def __init__(
-        self, members: list[int], parameters: Sequence[torch.Tensor], dtype: torch.dtype, direct: bool
+        self, members: list[int], parameters: Sequence[torch.Tensor], dtype: torch.dtype, direct: bool, judged: bool
     ) -> None:
         self.members = members
         self._direct = direct
@@ -83,6 +83,9 @@ class Bucket:
         self._sending: staging.Copy | None = None
         self._sent_on = 0
         self._loading: staging.Copy | None = None
+        self._tally: torch.Tensor | None = None  # see Transfers.pack
+        if direct and judged:
+            self._tally, self._verdict = self._buffers(2, torch.float64)  # the latter in host memory
 
     def _buffers(self, elements: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         buffer = torch.zeros(elements, dtype=dtype, device=self._device)
@@ -131,21 +134,29 @@ class Bucket:
         """Scales what has been packed, adds what was dropped before, and starts on its way to the engine."""
         if self._transfers is not None:
             self._transfers.gather(self._packed_on, self._packing.tensors())
-            self._transfers.pack(self._packing, self.contribution, prescale)
+            self._transfers.pack(self._packing, self.contribution, prescale, self._tally)
             self._packing = staging.Packing()
         elif prescale != 1.0:
             self.contribution.mul_(prescale)
         if self.residual is not None:
             self.contribution.add_(self.residual)
+            if self._tally is not None:
+                staging.look_for_nonfinite(self.contribution, self._tally)
         if self._direct:
             assert self._transfers is not None
             self._sent_on = self._transfers.stream_address()
+            if self._tally is not None:
+                self._sending = self._transfers.to_host(self._tally, self._verdict)
         elif self._transfers is not None:
             self._sending = self._transfers.to_host(self.contribution, self.sent)
 
-    def on_device(self) -> tuple[int, int, int] | None:
-        """Address of the contribution, address for the result, and the stream, if the engine gets them on the GPU."""
-        return (self.contribution.data_ptr(), self.result.data_ptr(), self._sent_on) if self._direct else None
+    def on_device(self) -> tuple[int, int, int, bool] | None:
+        """If the engine gets it on the GPU: addresses of the contribution and for the result, the stream, and whether
+        it is finite, if it is `judged`."""
+        if not self._direct:
+            return None
+        finite = self._tally is None or float(self._verdict[1]) == 0
+        return self.contribution.data_ptr(), self.result.data_ptr(), self._sent_on, finite
 
     def is_sent(self, wait: bool) -> bool:
         """Whether the engine may have it. wait: until it may."""
@@ -196,6 +207,7 @@ class Buckets:
         sparse: the sparse dimensions of those gradients that are sparse, by index.
         prescale: a factor for what is sent.
         direct: the engine gets contributions on the GPU, and leaves there the results of updates with one.
+        judged: it is told with them whether they are finite, so it gets them once that is known.
     """
 
     def __init__(
@@ -208,10 +220,11 @@ class Buckets:
         sparse: Mapping[int, int] | None = None,
         prescale: float = 1.0,
         direct: bool = False,
+        judged: bool = False,
     ) -> None:
         self._wires = [Wire(p, compression, (sparse or {}).get(i, 0)) for i, p in enumerate(parameters)]
         planned = plan(parameters, order, bucket_bytes, groups)
-        self.all = [Bucket(members, parameters, self._wires[members[0]].dtype, direct) for members in planned]
+        self.all = [Bucket(members, parameters, self._wires[members[0]].dtype, direct, judged) for members in planned]
         self._parameters = parameters
         self._prescale = prescale
         self._shown: list[torch.Tensor | None] = [None] * len(parameters)
@@ -248,7 +261,7 @@ class Buckets:
             bucket.send(self._prescale)
             self._sending.append(number)
 
-    def take_sent(self, wait: bool) -> Iterator[tuple[int, int, int, tuple[int, int, int] | None]]:
+    def take_sent(self, wait: bool) -> Iterator[tuple[int, int, int, tuple[int, int, int, bool] | None]]:
         """Those that the engine can read by now, once, in the order in which they were sent.
 
         Args:

@@ -61,8 +61,6 @@ def _why_not(place: Context, policy: Policy, parameters: Sequence[torch.Tensor])
         return "without backup workers, of which no rank could be left out if one stopped amid an exchange"
     if policy.scope == "bucket":
         return "scope='bucket' decides for each bucket by itself, which goes through host memory"
-    if policy.nonfinite == "drop":
-        return "nonfinite='drop' looks at gradients in host memory"
     devices = {parameter.device for parameter in parameters}
     if len(devices) > 1:
         return f"the parameters are on {', '.join(sorted(map(str, devices)))}: one GPU for each optimizer"

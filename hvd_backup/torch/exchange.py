@@ -272,6 +272,7 @@ class GradientExchange:
             dict(agreed["sparse"]),
             options.prescale,
             direct,
+            judged=policy.nonfinite == "drop",
         )
         if agreed["holds"]:
             self.training.hold()

@@ -25,7 +25,7 @@ from hvd_backup.errors import UsageError
 
 __all__ = [
     *("DTYPES", "Copy", "CudaTransfers", "Packing", "Transfers"),
-    *("is_supported", "library", "library_for", "transfers_of"),
+    *("is_supported", "library", "library_for", "look_for_nonfinite", "transfers_of"),
 ]
 
 # Names as the engine has them.
@@ -73,8 +73,11 @@ class Transfers(Protocol):
     def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         """What the caller does next comes after what was begun on these streams, which made these tensors."""
 
-    def pack(self, packing: Packing, bucket: torch.Tensor, scale: float) -> None:
-        """Starts to put gradients into their bucket, scaled and cast, after the caller's work so far."""
+    def pack(self, packing: Packing, bucket: torch.Tensor, scale: float, tally: torch.Tensor | None = None) -> None:
+        """Starts to put gradients into their bucket, scaled and cast, after the caller's work so far.
+
+        tally: two float64 on the device; the second is not zero afterwards if there is a NaN or an infinity.
+        """
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> Copy:
         """Starts it, after the caller's work so far; `source` must stay as it is until it has ended."""
@@ -136,8 +139,10 @@ class Packing:
         if scale != 1.0:
             bucket.mul_(scale)
 
-    def fused(self, gpu: Any, bucket: torch.Tensor, scale: float, stream: int) -> bool:
-        """With one launch of the GPU library, if there is one and it can do it."""
+    def fused(
+        self, gpu: Any, bucket: torch.Tensor, scale: float, stream: int, tally: torch.Tensor | None = None
+    ) -> bool:
+        """With one launch of the GPU library, if there is one and it can do it. tally: see Transfers.pack."""
         dtypes = {gradient.dtype for gradient in self.tensors()} or {bucket.dtype}
         if gpu is None or len(dtypes) > 1:
             return False
@@ -147,7 +152,7 @@ class Packing:
         moved = [
             (view.storage_offset(), view, gradient)
             for gradient, view in zip(self.gradients, self.views, strict=True)
-            if gradient is not view or scale != 1.0
+            if gradient is not view or scale != 1.0 or tally is not None
         ]
         if any(g is not None and g.stride() != view.stride() and g.numel() > 1 for _, view, g in moved):
             return False  # its elements lie in another order
@@ -163,8 +168,23 @@ class Packing:
                 scale,
                 bucket.device.index,
                 stream,
+                0 if tally is None else tally.data_ptr(),
             )
         return True
+
+    def pack(self, gpu: Any, bucket: torch.Tensor, scale: float, stream: int, tally: torch.Tensor | None) -> bool:
+        """By `fused`, which it returns, or otherwise by `write`."""
+        if self.fused(gpu, bucket, scale, stream, tally):
+            return True
+        self.write(bucket, scale)
+        if tally is not None:
+            look_for_nonfinite(bucket, tally)
+        return False
+
+
+def look_for_nonfinite(bucket: torch.Tensor, tally: torch.Tensor) -> None:
+    """See Transfers.pack; after the caller's work so far."""
+    tally[1:] = bucket.isfinite().all().logical_not()
 
 
 class CudaTransfers:
@@ -204,10 +224,9 @@ class CudaTransfers:
         for tensor in tensors if others else ():
             tensor.record_stream(current)  # should it be freed meanwhile
 
-    def pack(self, packing: Packing, bucket: torch.Tensor, scale: float) -> None:
+    def pack(self, packing: Packing, bucket: torch.Tensor, scale: float, tally: torch.Tensor | None = None) -> None:
         """See Transfers."""
-        if not packing.fused(self._gpu, bucket, scale, self.stream_address()):
-            packing.write(bucket, scale)
+        packing.pack(self._gpu, bucket, scale, self.stream_address(), tally)
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> Copy:
         """See Transfers."""
