@@ -43,7 +43,7 @@ class HostLibrary:
         if tally:
             _, squares, nonfinite = measured
             ctypes.c_double.from_address(tally).value = squares
-            ctypes.c_uint32.from_address(tally + 8).value = nonfinite
+            ctypes.c_uint64.from_address(tally + 8).value = nonfinite
 
 
 class DelayedTransfers:

@@ -155,6 +155,25 @@ def test_i1_training_on_a_gpu_that_ranks_share(where: str, compression: str) -> 
     assert optimizer.global_step == 60
 
 
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_a_bucket_is_judged_while_it_is_packed(spoiled: bool) -> None:
+    """As nonfinite="drop" does, also for a gradient that lies in its bucket already."""
+    library()
+    device = torch.device("cuda", 0)
+    transfers = staging.transfers_of(device)
+    assert transfers is not None
+    bucket, tally = torch.ones(10, device=device), torch.ones(2, dtype=torch.float64, device=device)
+    bucket[3] = float("inf") if spoiled else 3.0
+    packing = staging.Packing()
+    packing.add(bucket[:4], bucket[:4])
+    packing.add(torch.full((6,), 2.0, device=device), bucket[4:])
+    transfers.pack(packing, bucket, 1.0, tally)
+    verdict = transfers.host_memory(2, torch.float64)
+    transfers.to_host(tally, verdict).wait()
+    assert (float(verdict[1]) != 0) == spoiled
+    assert bucket[4:].tolist() == [2.0] * 6
+
+
 def train_from_gpu_to_gpu(steps: int) -> dict[str, Any]:
     hvd.init()
     torch.cuda.set_device(hvd.local_rank() % torch.cuda.device_count())
@@ -173,10 +192,11 @@ def train_from_gpu_to_gpu(steps: int) -> dict[str, Any]:
     return {"digest": digest(model, optimizer), "step": optimizer.global_step, "caught_up": optimizer.counters()}
 
 
+@pytest.mark.parametrize("journal", ["host", "device"])
 @pytest.mark.parametrize("stops", [False, True])
-def test_i1_i4_training_from_gpu_to_gpu_by_nccl(stops: bool) -> None:
+def test_i1_i4_training_from_gpu_to_gpu_by_nccl(stops: bool, journal: str) -> None:
     """On one GPU, if there are no more: NCCL 2.29 or later can. One process may be stopped: the others go on."""
-    env = {"HVD_BACKUP_DATA_PLANE": "nccl", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    env = {"HVD_BACKUP_DATA_PLANE": "nccl", "HVD_BACKUP_JOURNAL": journal, "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     with start_ranks(4, train_from_gpu_to_gpu, [400], env=env, timeout_s=300) as job:
         if stops:
             job.wait_for_mark(0, "trains", timeout_s=200)

@@ -181,3 +181,20 @@ def test_ranks_with_and_without_a_gpu_train_together() -> None:
         digests.append(digest(model, optimizer))
     assert digests[0] == digests[1]
     assert (late.sent > 0 and late.loaded > 0) == bool(hvd.rank() % 2)
+
+
+@pytest.mark.parametrize("library", [HostLibrary, None])
+@pytest.mark.parametrize("spoiled", [0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_bucket_is_judged_while_it_is_packed(place: int, spoiled: float, library: Any) -> None:
+    """nonfinite="drop"; also a gradient that lies in its bucket already."""
+    bucket, tally = torch.ones(10), torch.ones(2, dtype=torch.float64)
+    gradients = torch.arange(10.0)
+    gradients[place] = spoiled
+    bucket[:4] = gradients[:4]
+    packing = staging.Packing()
+    packing.add(bucket[:4], bucket[:4])
+    packing.add(gradients[4:], bucket[4:])
+    packing.pack(library, bucket, 1.0, 0, tally)
+    assert (float(tally[1]) != 0) == (spoiled != 0)
+    assert torch.equal(bucket, gradients) or spoiled != spoiled
