@@ -174,7 +174,7 @@ void Engine::begin(Channel& channel, double samples, std::string metadata) {
   const std::scoped_lock lock(mutex_);
   check_usable(&channel);
   channel.member.begin(samples, std::move(metadata));
-  channel.reductions.clear();
+  std::erase_if(channel.reductions, [](const auto& each) { return each.second.left == 0; });
   for (Bucket& bucket : channel.buckets) bucket.submitted = false;
 }
 
@@ -254,7 +254,7 @@ bool Engine::wait(Channel& channel, TimeUs timeout_us, Update* update) {
       *update = Update{Update::Kind::offer, channel.member.step(), {}, false, 0, {}, 0};
       return true;
     }
-    if (channel.member.next()) {
+    if (channel.member.next() && !uses_what_is_given_up(channel)) {
       if (update) *update = channel.member.take();
       if (update && update->kind == Update::Kind::resync) channel.taken_over = std::move(channel.arrived);
       return true;
@@ -329,6 +329,17 @@ Engine::View Engine::view(Channel& channel) {
   return {member.step(),    member.round_start(), member.round_end(),      member.round_over(),
           channel.proposal, member.counters(),    channel.journal.bytes(), wanted,
           wanted_at_exit};
+}
+
+// An attempt of which this rank is not any more still uses its buffers: until the next turn.
+bool Engine::uses_what_is_given_up(const Channel& channel) {
+  return std::any_of(channel.reductions.begin(), channel.reductions.end(), [&](const auto& each) {
+    return each.second.left > 0 && is_given_up(channel, each.first, each.second);
+  });
+}
+
+bool Engine::is_given_up(const Channel& channel, int scope, const Reduction& reduction) {
+  return !channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt);
 }
 
 // The state of this channel is wanted, or of another one that its thread was not asked about yet: it may be this thread

@@ -189,6 +189,8 @@ class Engine {
   std::function<Tag()> next_tags();
   void give_up(Fetch& fetch);
   bool asks_for_state(const Channel& channel) const;
+  static bool uses_what_is_given_up(const Channel& channel);
+  static bool is_given_up(const Channel& channel, int scope, const Reduction& reduction);
   void start_state_fetch(Channel& channel, const Resync& promised, TimeUs now);
   void watch_state_fetches(TimeUs now);
   Work collect(TimeUs now);

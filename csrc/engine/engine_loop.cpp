@@ -307,9 +307,7 @@ void Engine::collect(Channel& channel, Work& work) {
   }
   for (Message& message : take_messages(channel)) work.messages.push_back({0, std::move(message)});
   for (auto& [scope, reduction] : channel.reductions) {
-    const Decision& decision = reduction.decision;
-    const bool given_up = !channel.member.contributing(decision.step, scope, decision.attempt);
-    if (reduction.left > 0 && given_up) abandon(channel, reduction);
+    if (reduction.left > 0 && is_given_up(channel, scope, reduction)) abandon(channel, reduction);
   }
   for (Decision& decision : channel.member.take_reductions()) {
     Reduction& reduction = channel.reductions[decision.scope];
@@ -327,7 +325,7 @@ void Engine::collect(Channel& channel, Work& work) {
     }
   }
   for (auto& [scope, reduction] : channel.reductions) {
-    if (!channel.member.contributing(reduction.decision.step, scope, reduction.decision.attempt)) continue;
+    if (is_given_up(channel, scope, reduction)) continue;
     for (std::size_t b = 0; b < channel.buckets.size(); ++b) {
       if (channel.buckets[b].layout.scope != scope || !channel.buckets[b].submitted || reduction.started[b]) continue;
       reduction.started[b] = true;
