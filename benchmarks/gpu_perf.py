@@ -34,9 +34,10 @@ from mpi4py import MPI
 
 import hvd_backup.torch as hvd
 import measurement
-from hvd_backup import context
+from hvd_backup import context, data_plane
 from hvd_backup.config import Config
-from hvd_backup.torch import data_plane, staging
+from hvd_backup.torch import staging
+from hvd_backup.torch.data_plane import gpu_of
 
 Job = Callable[[], object]
 
@@ -243,7 +244,9 @@ def planes_here(comm: MPI.Intracomm) -> list[str]:
     planes = ["host"]
     for plane in ("nccl", "mpi"):
         config = Config.from_environment().override(data_plane=plane)
-        _, why_not = data_plane.means_of(device, config, context.current().engine.takes_device_memory)
+        gpu, why_not = gpu_of(device, config)
+        if not why_not:
+            _, why_not = data_plane.means_of(gpu, config, context.current().engine.takes_device_memory)
         told = [text for text in comm.allgather(why_not) if text]
         if told and comm.rank == 0:
             print(f"not by {plane}: {told[0]}")

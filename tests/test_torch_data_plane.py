@@ -4,24 +4,22 @@ The GPUs are stand-ins whose memory is the host's (csrc/bindings/testing_device.
 what they exchange are files in a folder; or, by CUDA-aware MPI, messages of the MPI that is here.
 """
 
-import functools
 import os
 import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from hvd_backup._core_testing import HostDevice
 
 import hvd_backup.torch as hvd
-from hvd_backup import _core, context
+from hvd_backup import data_plane
 from hvd_backup.errors import ConfigError
-from hvd_backup.torch import data_plane
 from tests.delayed_transfers import DelayedTransfers, use
+from tests.gpu_double import init
 from tests.launch import run_ranks, start_ranks
 from tests.rank_main import mark
 from tests.torch_training import batch, digest, loss_of, make_model
@@ -29,13 +27,6 @@ from tests.torch_training import batch, digest, loss_of, make_model
 STEPS = 150
 STOPS = 3
 STOPPED_S = 0.4
-
-
-def init(takes_gpu_memory: bool) -> None:
-    """takes_gpu_memory: what MPI says."""
-    over_mpi = functools.partial(_core.Engine.over_mpi, host_for_device=takes_gpu_memory)
-    with mock.patch.object(context, "_core", mock.Mock(Engine=mock.Mock(over_mpi=over_mpi))):
-        hvd.init()
 
 
 def on_a_gpu(folder: str, why_no_groups: str = "") -> HostDevice:
@@ -63,7 +54,7 @@ def train(optimizer: Any, model: torch.nn.Module, device: HostDevice, steps: int
 def train_while_one_stops(folder: str, plane: str, journal: str) -> dict[str, Any]:
     os.environ["HVD_BACKUP_DATA_PLANE"] = plane
     os.environ["HVD_BACKUP_JOURNAL"] = journal
-    init(takes_gpu_memory=True)
+    init(hvd, takes_gpu_memory=True)
     device, model = on_a_gpu(folder), make_model()
     optimizer = make_optimizer(model)
     train(optimizer, model, device, STEPS, pause_s=0.005 + 0.005 * hvd.rank())  # the stopped one need not be late
@@ -101,7 +92,7 @@ def test_i4_a_process_that_stops_amid_an_exchange_is_left_behind_and_comes_back(
 
 def train_while_one_dies(folder: str, plane: str) -> dict[str, Any]:
     os.environ["HVD_BACKUP_DATA_PLANE"] = plane
-    init(takes_gpu_memory=True)
+    init(hvd, takes_gpu_memory=True)
     device, model = on_a_gpu(folder), make_model()
     optimizer = make_optimizer(model)
     for _ in hvd.follow(range(STEPS), optimizer):
@@ -168,7 +159,7 @@ def choose(folder: str) -> dict[str, str]:
     for name, (plane, options, why_no_groups, takes_gpu_memory, _) in CHOICES.items():
         os.environ["HVD_BACKUP_DATA_PLANE"] = plane
         means.clear()
-        init(takes_gpu_memory)
+        init(hvd, takes_gpu_memory)
         device, model = on_a_gpu(folder, why_no_groups), make_model()
         optimizer = make_optimizer(model, grace=5.0, **options)  # so that each contributes
         try:

@@ -16,11 +16,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Hashable, Iterable
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 
+from hvd_backup.data_plane import library, the_gpu
 from hvd_backup.errors import UsageError
 
 __all__ = [
@@ -30,16 +30,6 @@ __all__ = [
 
 # Names as the engine has them.
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
-
-
-@functools.cache
-def library() -> ModuleType | None:
-    """The GPU library, or None: hvd_backup was built without it."""
-    try:
-        from hvd_backup import _gpu
-    except ImportError:
-        return None
-    return _gpu
 
 
 class Copy(Protocol):
@@ -194,7 +184,6 @@ class CudaTransfers:
         self._device = device
         self._copies = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._gpu = library_for(device, self.stream_address())
-        self._engine_device: Any = None
 
     def host_memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """See Transfers."""
@@ -211,9 +200,7 @@ class CudaTransfers:
 
     def engine_device(self, nccl_library: str) -> Any:
         """See Transfers."""
-        if self._engine_device is None and self._gpu is not None:
-            self._engine_device = self._gpu.Device(self._device.index, nccl_library)
-        return self._engine_device
+        return None if self._gpu is None else the_gpu(self._device.index, nccl_library)
 
     def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         """See Transfers."""
