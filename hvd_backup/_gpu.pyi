@@ -8,6 +8,12 @@ are RuntimeError, with what CUDA said.
 
 from collections.abc import Sequence
 
+class HostMemory:
+    """Page-locked: the GPU reads and writes it by itself. Given back when this is collected."""
+
+    @property
+    def address(self) -> int: ...
+
 class Device:
     """A GPU for the core, which uses it with a stream of its own, and with NCCL where that can be loaded.
 
@@ -24,6 +30,9 @@ class Device:
     @property
     def nccl_version(self) -> str:
         """Such as "2.32.3"; empty if none was found. It may be too old."""
+
+    def host_memory(self, bytes: int) -> HostMemory:
+        """At least one byte, with whatever lies in it."""
 
 def can_cast(gradient: str, wire: str) -> bool:
     """Whether pack and unpack take these two dtypes.

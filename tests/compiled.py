@@ -5,10 +5,12 @@ import subprocess
 from pathlib import Path
 
 
-def shared_library(source: Path, folder: Path) -> Path:
+def shared_library(source: Path, folder: Path, *flags: str) -> Path:
     """Compiles one C++ file into a library in `folder`."""
     compiler = shutil.which("mpicxx")
     assert compiler is not None
     library = folder / f"{source.stem}.so"
-    subprocess.run([compiler, "-std=c++20", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    subprocess.run(
+        [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", *flags, str(source), "-o", str(library)], check=True
+    )
     return library

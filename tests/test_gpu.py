@@ -3,6 +3,7 @@
 compute-sanitizer --tool memcheck python -m pytest tests/test_gpu.py -k kernel      # and --tool racecheck
 """
 
+import ctypes
 import os
 import random
 import time
@@ -67,6 +68,16 @@ def test_kernels_give_the_bits_that_they_give_on_the_cpu(gradient: str, wire: st
     library().unpack(gradient, wire, [t.data_ptr() for t in there], *sizes, bucket.data_ptr(), 3.0, 0, stream)
     core.gpu_unpack(gradient, wire, [a.ctypes.data for a in here], *sizes, expected.ctypes.data, 3.0)
     assert all(same_bytes(tensor, array) for tensor, array in zip(there, here, strict=True))
+
+
+def test_the_gpu_writes_to_its_host_memory() -> None:
+    memory = library().Device(0).host_memory(4)
+    element = ctypes.c_float.from_address(memory.address)
+    element.value = 1.0
+    stream = torch.cuda.current_stream().cuda_stream
+    library().pack("float32", "float32", [0], [0], [1], memory.address, 1.0, 0, stream)
+    torch.cuda.synchronize()
+    assert element.value == 0.0
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

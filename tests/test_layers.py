@@ -84,7 +84,7 @@ def test_includes_are_written_from_csrc() -> None:
     [
         (r"mpi\.h", r"transport/mpi_\w+\.(h|cpp)"),
         (r"(nanobind/.*|Python\.h)", r"bindings/\w+\.(h|cpp)"),
-        (r"tensorflow/.*", r"bindings/tensorflow_ops\.cpp"),
+        (r"(tensorflow|xla)/.*", r"bindings/tensorflow_(device_)?ops\.(h|cpp)"),
         (r"cuda.*", r"gpu/\w+\.(h|cu)"),
         (r"(torch|ATen|c10|nccl).*", r"(?!)"),
     ],

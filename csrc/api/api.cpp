@@ -451,6 +451,7 @@ const hvdb_functions* hvdb_function_table(void) {
                                        hvdb_last_error,
                                        hvdb_begin,
                                        hvdb_submit,
+                                       hvdb_submit_on_device,
                                        hvdb_wait,
                                        hvdb_update_get_kind,
                                        hvdb_update_step,

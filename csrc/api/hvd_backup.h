@@ -216,12 +216,13 @@ const char* hvdb_mpi_built_with(void);
 
 /* What a step needs, by pointer: a library that is loaded beside the one with the core (TensorFlow's ops) gets this
  * table from it and so links no second core. abi: HVDB_FUNCTIONS_ABI of the core; it changes with this struct. */
-#define HVDB_FUNCTIONS_ABI 1
+#define HVDB_FUNCTIONS_ABI 2
 typedef struct {
   int abi;
   const char* (*last_error)(void);
   hvdb_status (*begin)(hvdb_channel*, double, const void*, size_t);
   hvdb_status (*submit)(hvdb_channel*, int, const void*, void*, int);
+  hvdb_status (*submit_on_device)(hvdb_channel*, int, const void*, void*, const void*, void*, void*, int, int);
   hvdb_status (*wait)(hvdb_channel*, int64_t, hvdb_update**);
   hvdb_update_kind (*update_get_kind)(const hvdb_update*);
   int64_t (*update_step)(const hvdb_update*);

@@ -23,8 +23,13 @@ namespace {
 
 // A GPU for the core, which is another library: it goes over as an address.
 struct OwnedDevice {
+  int number;
   std::shared_ptr<const hvd_backup::gpu::Nccl> nccl;
   std::unique_ptr<hvd_backup::Device> device;
+};
+
+struct OwnedHostMemory {
+  std::shared_ptr<std::byte> data;
 };
 
 // Under its usual name it is the one that PyTorch has loaded, if it has: one NCCL is enough for a process.
@@ -38,18 +43,27 @@ std::vector<std::string> places_of_nccl(const std::string& path) {
 
 NB_MODULE(_gpu, module) {
   using namespace hvd_backup::gpu;
+  nb::class_<OwnedHostMemory>(module, "HostMemory").def_prop_ro("address", [](const OwnedHostMemory& self) {
+    return reinterpret_cast<Address>(self.data.get());
+  });
   nb::class_<OwnedDevice>(module, "Device")
       .def(
           "__init__",
           [](OwnedDevice* self, int device, const std::string& nccl) {
             auto loaded = std::make_shared<const Nccl>(places_of_nccl(nccl));
             auto made = make_cuda_device(device, loaded);
-            new (self) OwnedDevice{std::move(loaded), std::move(made)};
+            new (self) OwnedDevice{device, std::move(loaded), std::move(made)};
           },
           "device"_a, "nccl"_a = "")
       .def_prop_ro("address", [](const OwnedDevice& self) { return reinterpret_cast<Address>(self.device.get()); })
       .def_prop_ro("why_no_groups", [](const OwnedDevice& self) { return self.device->why_no_groups(); })
-      .def_prop_ro("nccl_version", [](const OwnedDevice& self) { return self.nccl->version(); });
+      .def_prop_ro("nccl_version", [](const OwnedDevice& self) { return self.nccl->version(); })
+      .def(
+          "host_memory",
+          [](const OwnedDevice& self, std::size_t bytes) {
+            return OwnedHostMemory{page_locked_memory(self.number, bytes)};
+          },
+          "bytes"_a);
   module.def(
       "can_cast",
       [](std::string_view gradient, std::string_view wire) { return can_cast(data_type(gradient), data_type(wire)); },

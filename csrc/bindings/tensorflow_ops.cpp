@@ -4,6 +4,8 @@
 //   HvdBackupSubmit      packs the gradients of one bucket and hands them over
 //   HvdBackupNextUpdate  gives the next update to apply, this rank's own or one that it has missed
 //   HvdBackupFirstN      sums tensors over the first N ranks to arrive
+//
+// They take and give tensors in host memory; tensorflow_device_ops.cpp has those for gradients that stay on a GPU.
 #include <tensorflow/core/framework/op.h>
 #include <tensorflow/core/framework/op_kernel.h>
 #include <tensorflow/core/framework/shape_inference.h>
@@ -12,23 +14,17 @@
 #include <string>
 #include <vector>
 
-#include "bindings/tensorflow_stream.h"
+#include "bindings/tensorflow_ops.h"
 
 namespace {
 
+using hvd_backup::bytes_of;
+using hvd_backup::failure;
 using hvd_backup::find_stream;
 using hvd_backup::Outcome;
 using hvd_backup::Stream;
+using hvd_backup::stream_is_gone;
 namespace tf = tensorflow;
-
-constexpr char stream_is_gone[] =
-    "hvd_backup: this function was traced with an optimizer or a collective of hvd_backup from before shutdown(): make "
-    "it anew after init()";
-
-absl::Status failure(const std::string& reason) { return absl::AbortedError("hvd_backup: " + reason); }
-
-// The kinds of HvdBackupNextUpdate, as hvd_backup/keras/tensorflow_updates.py knows them.
-enum Kind : std::int32_t { nothing = 0, missed = 1, own = 2, offer = 3, resync = 4 };
 
 class Submit : public tf::OpKernel {
  public:
@@ -48,7 +44,7 @@ class Submit : public tf::OpKernel {
     std::uint64_t packed = 0;
     for (int i = 1; i < context->num_inputs(); ++i) {
       const tf::Tensor& gradient = context->input(i);
-      const std::uint64_t bytes = gradient.NumElements() * tf::DataTypeSize(gradient.dtype());
+      const std::uint64_t bytes = bytes_of(gradient);
       OP_REQUIRES(context, packed + bytes <= bucket.bytes,
                   absl::InvalidArgumentError(
                       "hvd_backup: a gradient has another shape than its variable: " + gradient.shape().DebugString() +
@@ -90,33 +86,21 @@ class NextUpdate : public tf::AsyncOpKernel {
 
  private:
   absl::Status give(tf::OpKernelContext* context, const Stream& stream, const Outcome& outcome) {
-    tf::Tensor* kind = nullptr;
-    TF_RETURN_IF_ERROR(context->allocate_output(0, {}, &kind));
-    const bool update = outcome.kind == HVDB_UPDATE;
-    kind->scalar<std::int32_t>()() = update                        ? (outcome.contributed ? own : missed)
-                                     : outcome.kind == HVDB_OFFER  ? offer
-                                     : outcome.kind == HVDB_RESYNC ? resync
-                                                                   : nothing;
-    tf::Tensor* hyperparameters = nullptr;
-    const auto count = static_cast<std::int64_t>(outcome.hyperparameters.size());
-    TF_RETURN_IF_ERROR(context->allocate_output(1, {count}, &hyperparameters));
-    std::copy(outcome.hyperparameters.begin(), outcome.hyperparameters.end(), hyperparameters->flat<double>().data());
+    TF_RETURN_IF_ERROR(hvd_backup::give_account(context, outcome));
     std::size_t bucket = 0;
     std::uint64_t read = 0;
     for (std::size_t i = 0; i < shapes_.size(); ++i) {
       tf::Tensor* gradient = nullptr;
       TF_RETURN_IF_ERROR(context->allocate_output(static_cast<int>(2 + i), shapes_[i], &gradient));
-      const std::uint64_t bytes = gradient->NumElements() * tf::DataTypeSize(gradient->dtype());
+      const std::uint64_t bytes = bytes_of(*gradient);
       if (bytes == 0) continue;
       if (read == stream.buckets()[bucket].bytes) {
         ++bucket;
         read = 0;
       }
-      const auto& scopes = outcome.contributors;
-      const bool filled = update && !scopes[scopes.size() == 1 ? 0 : bucket].empty();
-      if (filled) {
+      if (hvd_backup::is_filled(outcome, bucket)) {
         std::memcpy(gradient->data(), static_cast<const char*>(stream.buckets()[bucket].result) + read, bytes);
-      } else {  // nothing, or all contributors of this bucket have withdrawn: it counts as zero
+      } else {
         std::memset(gradient->data(), 0, bytes);
       }
       read += bytes;
@@ -139,7 +123,7 @@ class FirstN : public tf::AsyncOpKernel {
     OP_REQUIRES_ASYNC(context, stream != nullptr, absl::FailedPreconditionError(stream_is_gone), done);
     for (int i = 0; i < context->num_inputs(); ++i) {
       const tf::Tensor& tensor = context->input(i);
-      const std::uint64_t bytes = tensor.NumElements() * tf::DataTypeSize(tensor.dtype());
+      const std::uint64_t bytes = bytes_of(tensor);
       OP_REQUIRES_ASYNC(
           context, bytes == stream->buckets()[static_cast<std::size_t>(i)].bytes,
           absl::InvalidArgumentError("hvd_backup: tensor " + std::to_string(i) + " has shape " +
@@ -169,12 +153,10 @@ class FirstN : public tf::AsyncOpKernel {
   // After a failure, or when Ctrl-C has ended the wait, the engine may still use the buffers for a while: they are kept
   // for good, as the program ends.
   static void keep(tf::OpKernelContext* context) {
-    static auto* const kept = new std::vector<tf::Tensor>;
-    static auto* const mutex = new std::mutex;
-    const std::scoped_lock lock(*mutex);
     for (int i = 0; i < context->num_inputs(); ++i) {
-      kept->push_back(context->input(i));
-      if (const tf::Tensor* result = context->mutable_output(i)) kept->push_back(*result);
+      hvd_backup::keep(std::make_shared<tf::Tensor>(context->input(i)));
+      if (const tf::Tensor* result = context->mutable_output(i))
+        hvd_backup::keep(std::make_shared<tf::Tensor>(*result));
     }
   }
 

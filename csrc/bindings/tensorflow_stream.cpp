@@ -34,6 +34,13 @@ Registry& registry() {
 
 }  // namespace
 
+void keep(std::shared_ptr<void> memory) {
+  static auto* const kept = new std::vector<std::shared_ptr<void>>;
+  static auto* const mutex = new std::mutex;
+  const std::scoped_lock lock(*mutex);
+  kept->push_back(std::move(memory));
+}
+
 std::shared_ptr<Stream> find_stream(std::int64_t number) {
   const std::scoped_lock lock(registry().mutex);
   const auto found = registry().streams.find(number);
@@ -42,9 +49,12 @@ std::shared_ptr<Stream> find_stream(std::int64_t number) {
 
 Stream::Stream(const hvdb_functions& core, hvdb_channel* channel, std::vector<BucketMemory> buckets,
                std::vector<std::string> hyperparameters)
-    : core_(core), channel_(channel), buckets_(std::move(buckets)), names_(std::move(hyperparameters)), thread_([this] {
-        run();
-      }) {}
+    : core_(core),
+      channel_(channel),
+      buckets_(std::move(buckets)),
+      names_(std::move(hyperparameters)),
+      on_device_(buckets_.size()),
+      thread_([this] { run(); }) {}
 
 Stream::~Stream() {
   {
@@ -53,6 +63,9 @@ Stream::~Stream() {
   }
   called_.notify_all();
   thread_.join();
+  for (auto& tensors : on_device_) {
+    if (tensors) keep(std::move(tensors));
+  }
 }
 
 void Stream::set_samples(double samples) {
@@ -62,6 +75,23 @@ void Stream::set_samples(double samples) {
 
 std::string Stream::submit(int index, const void* contribution, void* result, const double* hyperparameters,
                            bool take_follows) {
+  return submit(hyperparameters,
+                [&] { return core_.submit(channel_, index, contribution, result, take_follows ? 1 : 0); });
+}
+
+std::string Stream::submit_on_device(int index, BucketOnDevice bucket, const double* hyperparameters) {
+  const auto number = static_cast<std::size_t>(index);
+  return submit(hyperparameters, [&] {
+    const BucketMemory& host = buckets_[number];
+    const hvdb_status status =
+        core_.submit_on_device(channel_, index, host.contribution, host.result, bucket.contribution, bucket.result,
+                               bucket.compute_stream, bucket.finite ? 1 : 0, 0);
+    if (status == HVDB_OK) on_device_[number] = std::move(bucket.tensors);
+    return status;
+  });
+}
+
+std::string Stream::submit(const double* hyperparameters, const std::function<hvdb_status()>& hand_over) {
   const std::scoped_lock lock(mutex_);
   if (busy_) return under_way;
   if (interrupted_) return interrupt_waits() ? "" : interrupted;
@@ -70,7 +100,7 @@ std::string Stream::submit(int index, const void* contribution, void* result, co
     if (core_.begin(channel_, samples_, sent.data(), sent.size()) != HVDB_OK) return core_.last_error();
     begun_ = in_step_ = true;
   }
-  return core_.submit(channel_, index, contribution, result, take_follows ? 1 : 0) == HVDB_OK ? "" : core_.last_error();
+  return hand_over() == HVDB_OK ? "" : core_.last_error();
 }
 
 void Stream::take(Done done) {
@@ -110,11 +140,14 @@ void Stream::run() {
       if (!task_) return;
       done = std::exchange(task_, nullptr);
     }
-    const Outcome outcome = wait();
+    Outcome outcome = wait();
     {
       const std::scoped_lock lock(mutex_);
       busy_ = false;
       if (outcome.kind == HVDB_RESYNC) begun_ = false;  // what was contributed has been dropped
+      if (outcome.error.empty() && !outcome.given_up && outcome.kind != HVDB_OFFER) {
+        outcome.on_device = std::exchange(on_device_, std::vector<std::shared_ptr<void>>(buckets_.size()));
+      }
       const bool is_between = outcome.kind == HVDB_OFFER || outcome.kind == HVDB_RESYNC;
       if (is_between) kind_ = outcome.kind == HVDB_OFFER ? "offer" : "resync";
       if (outcome.error.empty() && !outcome.given_up && !is_between) {

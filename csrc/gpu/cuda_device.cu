@@ -202,4 +202,10 @@ std::unique_ptr<Device> make_cuda_device(int device, std::shared_ptr<const Nccl>
   return std::make_unique<CudaDevice>(device, std::move(nccl));
 }
 
+std::shared_ptr<std::byte> page_locked_memory(int device, std::size_t bytes) {
+  const OnDevice here(device);
+  const auto memory = std::make_shared<HostMemory<std::byte>>(bytes);
+  return {memory, memory->get().data()};
+}
+
 }  // namespace hvd_backup::gpu

@@ -118,12 +118,20 @@ def horovod() -> str:
 
 
 def gpu_facts() -> list[tuple[str, str]]:
-    """What PyTorch sees."""
+    """What PyTorch sees, and TensorFlow where it can use GPUs."""
     try:
         from hvd_backup.torch import gpus
     except ImportError:
-        return [("GPU", "unknown without PyTorch")]
-    return gpus.facts()
+        facts = [("GPU", "unknown without PyTorch")]
+    else:
+        facts = gpus.facts()
+    if installed("tensorflow"):  # not tensorflow-cpu
+        try:
+            from hvd_backup.tensorflow import gpus as gpus_of_tensorflow
+        except ImportError:  # the ops are not there: see above
+            return facts
+        facts += gpus_of_tensorflow.facts()
+    return facts
 
 
 def mpi_facts(nodes: list[str]) -> list[tuple[str, str]]:

@@ -25,15 +25,17 @@ from hvd_backup.context import Context
 from hvd_backup.errors import UsageError
 from hvd_backup.keras.updates import Appliable, KerasUpdates, UpdateOptions, name_of
 from hvd_backup.policy import Policy
+from hvd_backup.tensorflow import data_plane
+from hvd_backup.tensorflow.exchange import Exchange, none_to_send
 from hvd_backup.tensorflow.gradient_tape import AVERAGED
 from hvd_backup.tensorflow.layout import Gradient, Layout
-from hvd_backup.tensorflow.library import ops, refuse_xla
+from hvd_backup.tensorflow.library import refuse_xla
 from hvd_backup.tensorflow.streams import Stream
 from hvd_backup.tensorflow.training import GraphTraining
 
 __all__ = ["GraphUpdates"]
 
-MISSED, OWN, OFFER, RESYNC = 1, 2, 3, 4  # kinds of an update, as csrc/bindings/tensorflow_ops.cpp has them
+MISSED, OWN, OFFER, RESYNC = 1, 2, 3, 4  # kinds of an update, as csrc/bindings/tensorflow_ops.h has them
 APPLIED_TO = "_hvd_backup_applied_to"  # of a gradient that apply_and_show() has returned: the id of its variable
 
 
@@ -50,7 +52,7 @@ class GraphUpdates(KerasUpdates):
         self._traced = False
         self._by_tape = False
         self._layout: Layout | None = None
-        self._stream: Stream | None = None
+        self._exchange: Exchange | None = None
         self._step_function = tf.function(self._trace_step, autograph=False)
         self._take_function = tf.function(self._take, autograph=False)
 
@@ -145,8 +147,9 @@ class GraphUpdates(KerasUpdates):
         ]
         told = [(gradient.shape, gradient.dtype) for gradient in gradients]
         update_bytes = sum(gradient.bytes for gradient in gradients)
-        self.training.open(self._describe(variables, told), b"", update_bytes)
-        layout = Layout(gradients, self._options.bucket_bytes)
+        direct = data_plane.engage(self._place, self.training.policy, variables)
+        self.training.open(self._describe(variables, told), b"", update_bytes, direct)
+        layout = Layout(gradients, self._options.bucket_bytes, self._place.engine.device if direct else None)
         self.training.set_layout(layout.sizes, layout.result_addresses, layout)
         stream = Stream(
             self._place,
@@ -154,7 +157,9 @@ class GraphUpdates(KerasUpdates):
             [*layout.buffers, *self.training.metrics_buffers()],
             hyperparameters=[] if self._rate_to_send() is None else ["learning_rate"],
         )
-        self._variables, self._layout, self._stream = variables, layout, stream
+        device = data_plane.device_of(variables[0]) if direct else ""
+        self._exchange = Exchange(stream, layout, device, judged=self.training.policy.nonfinite == "drop")
+        self._variables, self._layout = variables, layout
         self.training.attach(stream)
 
     def _step(self, sent: list[Any]) -> Any:
@@ -177,18 +182,13 @@ class GraphUpdates(KerasUpdates):
     # --- inside ---
 
     def _trace_step(self, sent: list[Any], scalars: dict[str, Any], show: bool) -> list[Any]:
-        assert self._layout is not None and self._stream is not None
+        assert self._exchange is not None
         with tf.control_dependencies(self._delay()):
             rate = self._learning_rate()
-            values = tf.zeros([0], tf.float64) if rate is None else tf.cast(tf.reshape(rate, [1]), tf.float64)
-        buckets = [[sent[index] for index in bucket] for bucket in self._layout.buckets]
-        if names := self.training.metric_names:
-            buckets.append([_counted([scalars.get(name, math.nan) for name in names])])
-        submitted: list[Any] = []
-        for number, tensors in enumerate(buckets):
-            with tf.control_dependencies(submitted[-1:]):
-                submitted.append(ops().hvd_backup_submit(values, tensors, stream=self._stream.number, bucket=number))
-        with tf.control_dependencies([operation for operation in submitted if operation is not None]):
+            values = none_to_send() if rate is None else tf.cast(tf.reshape(rate, [1]), tf.float64)
+        names = self.training.metric_names
+        metrics = _counted([scalars.get(name, math.nan) for name in names]) if names else None
+        with tf.control_dependencies(self._exchange.submit(values, sent, metrics)):
             return self._take(False, show)
 
     def _take(self, one: bool, show: bool = False) -> list[Any]:
@@ -207,16 +207,9 @@ class GraphUpdates(KerasUpdates):
 
     def _take_one(self, shown: Sequence[Any]) -> list[Any]:
         """Takes the next update and applies it; whether there may be more, and its means in place of `shown`."""
-        assert self._layout is not None and self._stream is not None
-        order = [index for bucket in self._layout.buckets for index in bucket]
-        gradients = [self._layout.gradients[index] for index in order]
-        kind, values, means = ops().hvd_backup_next_update(
-            stream=self._stream.number,
-            dtypes=[tf.as_dtype(gradient.dtype) for gradient in gradients],
-            shapes=[gradient.shape for gradient in gradients],
-        )
-        mean_of = dict(zip(order, means, strict=True))
-        restored = [self._restore(mean_of[i], variable) for i, variable in enumerate(self._variables)]
+        assert self._exchange is not None
+        kind, values, means = self._exchange.next_update()
+        restored = [self._restore(mean, variable) for mean, variable in zip(means, self._variables, strict=True)]
 
         def apply() -> list[Any]:
             rate = self._learning_rate()

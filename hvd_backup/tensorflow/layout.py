@@ -1,13 +1,15 @@
-"""Which gradient lies where: gradients packed into flat buckets of one dtype each, in memory that the ops share.
+"""Which gradient lies where: gradients packed into flat buckets of one dtype each, in host memory that the ops share.
 
 Buckets are filled from the last variable to the first, which is the order in which a backward pass has gradients ready.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -72,7 +74,9 @@ class Layout:
         buckets: for each, the indices of its gradients, in the order in which they lie in it.
     """
 
-    def __init__(self, gradients: Sequence[Gradient], bucket_bytes: int) -> None:
+    def __init__(self, gradients: Sequence[Gradient], bucket_bytes: int, gpu: Any = None) -> None:
+        """gpu: which reads and writes the buffers itself (`_gpu.Device`); None: gradients come to the CPU."""
+        self._gpu = gpu
         self.gradients = list(gradients)
         self.buckets = plan(gradients, bucket_bytes)
         self._contributions = [self._buffer(bucket) for bucket in self.buckets]
@@ -80,7 +84,14 @@ class Layout:
 
     def _buffer(self, bucket: list[int]) -> np.ndarray:
         elements = sum(self.gradients[index].elements for index in bucket)
-        return np.zeros(elements, tf.as_dtype(self.gradients[bucket[0]].dtype).as_numpy_dtype)
+        dtype = np.dtype(tf.as_dtype(self.gradients[bucket[0]].dtype).as_numpy_dtype)
+        if self._gpu is None:
+            return np.zeros(elements, dtype)
+        return np.asarray(_PageLocked(self._gpu, elements * dtype.itemsize)).view(dtype)
+
+    def elements(self, bucket: int) -> list[int]:
+        """Of each of its gradients, in the order in which they lie in it."""
+        return [self.gradients[index].elements for index in self.buckets[bucket]]
 
     @property
     def sizes(self) -> list[tuple[int, str]]:
@@ -102,3 +113,15 @@ class Layout:
     def result_addresses(self) -> list[int]:
         """Where updates arrive."""
         return [buffer.ctypes.data for buffer in self._results]
+
+
+class _PageLocked:
+    """Zeros for NumPy, whose arrays over it keep it alive."""
+
+    def __init__(self, gpu: Any, size: int) -> None:
+        self._memory = gpu.host_memory(max(size, 1))
+        ctypes.memset(self._memory.address, 0, size)
+        self.__array_interface__ = {
+            **{"version": 3, "typestr": "|u1", "shape": (size,)},
+            "data": (self._memory.address, False),
+        }

@@ -1,7 +1,7 @@
 """The library with TensorFlow's ops, which is compiled against one version of TensorFlow and fits only that one.
 
 Importing this module says so when they do not fit together; the library is loaded when it is first needed. Its source:
-csrc/bindings/tensorflow_ops.cpp.
+csrc/bindings/tensorflow_ops.cpp, tensorflow_device_ops.cpp.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ translate()
 
 @functools.cache
 def ops() -> Any:
-    """The ops as Python functions: hvd_backup_submit, hvd_backup_next_update, hvd_backup_first_n."""
+    """The ops as Python functions: hvd_backup_submit and _next_update, also with _on_device, hvd_backup_first_n."""
     return tf.load_op_library(PATH)
 
 
