@@ -185,8 +185,8 @@ class CudaDevice final : public Device {
   StreamMemory norms_;  // of the one sum that is at work
   const std::shared_ptr<SharedBlocks> blocks_ =
       std::make_shared<SharedBlocks>([device = device_](std::size_t bytes) { return shareable_memory(device, bytes); });
-  const std::shared_ptr<SharedBlocks> host_blocks_ =
-      std::make_shared<SharedBlocks>([device = device_](std::size_t bytes) { return host_memory_of(device, bytes); });
+  const std::shared_ptr<SharedBlocks> host_blocks_ = std::make_shared<SharedBlocks>(
+      [device = device_](std::size_t bytes) { return page_locked_memory(device, bytes); });
   OwnStream aside_;  // of reads
   Event read_;       // the last one has ended
   const std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();

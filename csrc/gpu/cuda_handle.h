@@ -152,13 +152,6 @@ inline std::shared_ptr<std::byte> stream_memory(int device, cudaStream_t stream,
           }};
 }
 
-// Host memory as above, in one block.
-inline std::shared_ptr<std::byte> host_memory_of(int device, std::size_t bytes) {
-  const OnDevice here(device);
-  auto memory = std::make_shared<HostMemory<std::byte>>(bytes);
-  return {memory, memory->get().data()};
-}
-
 // Memory of which other libraries and processes may be told: those that share it between processes (CUDA IPC) do not
 // know what belongs to a stream. To free it waits for all that the GPU does.
 inline std::shared_ptr<std::byte> shareable_memory(int device, std::size_t bytes) {
