@@ -32,8 +32,8 @@ pytestmark = pytest.mark.timeout(300)  # the first test waits for all cases of t
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The GPU for TensorFlow."""
     found = importlib.util.find_spec("tensorflow")
-    assert found is not None and found.submodule_search_locations is not None
-    (folder,) = found.submodule_search_locations
+    assert found is not None and found.origin is not None
+    folder = Path(found.origin).parent
     source = Path(__file__).with_name("tensorflow_gpu_double.cpp")
     return str(shared_library(source, tmp_path_factory.mktemp("plugin"), f"-I{folder}/include"))
 
