@@ -45,6 +45,20 @@ class HostLibrary:
             ctypes.c_double.from_address(tally).value = squares
             ctypes.c_uint64.from_address(tally + 8).value = nonfinite
 
+    @staticmethod
+    def unpack(
+        gradient: str,
+        wire: str,
+        gradients: Sequence[int],
+        begins: Sequence[int],
+        counts: Sequence[int],
+        bucket: int,
+        scale: float,
+        device: int | None,
+        stream: int,
+    ) -> None:
+        core.gpu_unpack(gradient, wire, gradients, begins, counts, bucket, scale)
+
 
 class DelayedTransfers:
     """See Transfers. Counts what was asked for."""
@@ -55,7 +69,7 @@ class DelayedTransfers:
         device: as the engine uses it (_core_testing.HostDevice); None: it cannot.
         """
         self.device = device
-        self.sent = self.loaded = self.fused = 0
+        self.sent = self.loaded = self.fused = self.unpacked = 0
         self.ungathered: set[int] = set()  # streams whose work the next copy would not wait for
         self._rng = Random(seed)
         self._streams = streams
@@ -84,6 +98,11 @@ class DelayedTransfers:
     ) -> None:
         assert not self.ungathered, "packing that may overtake what makes a gradient"
         self.fused += packing.pack(staging.library(), bucket, scale, 0, tally)
+
+    def unpack(
+        self, bucket: torch.Tensor, views: list[torch.Tensor], gradients: list[torch.Tensor], scale: float
+    ) -> None:
+        self.unpacked += staging.unpack(staging.library(), bucket, views, gradients, scale, 0)
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> DelayedCopy:
         assert not self.ungathered, "a copy that may overtake what packs its source"

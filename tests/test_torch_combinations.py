@@ -266,7 +266,7 @@ def sparse(case: Case) -> None:
     torch.nn.init.constant_(words.weight, 0.1)
     case.model = words
     head = make_model()
-    case.make = lambda parameters: torch.optim.SparseAdam(list(parameters), lr=0.02)
+    case.make = lambda parameters: torch.optim.SparseAdam(list(parameters), lr=0.1)
 
     def loss(rank: int, step: int) -> torch.Tensor:
         x, y = batch(rank, 0)

@@ -183,6 +183,33 @@ def test_ranks_with_and_without_a_gpu_train_together() -> None:
     assert (late.sent > 0 and late.loaded > 0) == bool(hvd.rank() % 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+def test_what_was_compressed_is_unpacked_to_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, scale: float, dtype: torch.dtype
+) -> None:
+    """On the CPU, on a GPU, and on one without the GPU library: all ranks apply the same."""
+    torch.manual_seed(1)
+    mean = torch.randn(200).half()
+    for transfers, library in ((None, None), (DelayedTransfers(), None), (DelayedTransfers(), HostLibrary)):
+        monkeypatch.setattr(staging, "transfers_of", lambda device, own=transfers: own)
+        monkeypatch.setattr(staging, "library", lambda own=library: own)
+        parameters = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters_of((3, 5), (2, 3, 4, 5), (6,), (0,))]
+        parameters[1] = torch.nn.Parameter(parameters[1].detach().to(memory_format=torch.channels_last))
+        buckets = Buckets(parameters, [3, 1, 0, 2], 1 << 20, compression=hvd.Compression.fp16)
+        (bucket,) = buckets.all
+        bucket.received.copy_(mean[: bucket.received.numel()])
+        views = [view.clone() for view in bucket.result_views]
+        buckets.show_results(scale, [True], own=True)
+        if transfers is None:
+            expected = [(view.to(dtype) * scale) for view in views]
+        else:
+            assert transfers.unpacked == (library is not None)
+        for index, value in zip(bucket.members, expected, strict=True):
+            gradient = parameters[index].grad
+            assert gradient is not None and gradient.dtype == dtype and torch.equal(gradient, value)
+
+
 @pytest.mark.parametrize("library", [HostLibrary, None])
 @pytest.mark.parametrize("spoiled", [0.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("place", [0, 5])

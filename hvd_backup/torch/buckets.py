@@ -175,6 +175,18 @@ class Bucket:
         if self._transfers is not None and not (self._direct and own):
             self._loading = self._transfers.to_device(self.received, self.result)
 
+    def widened(self, parameters: Sequence[torch.Tensor], scale: float) -> list[torch.Tensor]:
+        """The result as gradients of the members, of their parameters' dtypes, times `scale`."""
+        gradients = [
+            torch.empty_like(view, dtype=parameters[index].dtype)
+            for index, view in zip(self.members, self.result_views, strict=True)
+        ]
+        if self._transfers is None:
+            staging.unpack(None, self.result, self.result_views, gradients, scale, 0)
+        else:
+            self._transfers.unpack(self.result, self.result_views, gradients, scale)
+        return gradients
+
     def loaded(self) -> None:
         """Waits until `received` may change again."""
         if self._loading is not None:
@@ -292,10 +304,15 @@ class Buckets:
                 bucket.result.zero_()
             else:
                 bucket.load(own)
-                if postscale != 1.0:
+            if all(self._wires[index].is_widened for index in bucket.members):
+                gradients = bucket.widened(self._parameters, postscale)
+            else:
+                if has_result and postscale != 1.0:
                     bucket.result.mul_(postscale)
-            for index, view in zip(bucket.members, bucket.result_views, strict=True):
-                self._shown[index] = gradient = self._wires[index].read(view)
+                views = zip(bucket.members, bucket.result_views, strict=True)
+                gradients = [self._wires[index].read(view) for index, view in views]
+            for index, gradient in zip(bucket.members, gradients, strict=True):
+                self._shown[index] = gradient
                 if self._parameters[index].grad is not gradient:
                     self._parameters[index].grad = gradient
 

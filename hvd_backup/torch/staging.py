@@ -2,10 +2,11 @@
 
     gradients -> contribution (GPU) -> sent (pinned) -> engine -> received (pinned) -> result (GPU) -> p.grad
 
-A bucket is packed, scaled and cast by one launch of the GPU library (hvd_backup._gpu), or by PyTorch's own operations
-if hvd_backup was built without it. Copies go over a stream of our own, which waits for what produced the data; whoever
-uses a result on the GPU waits for the copy there. The host waits in two places only: a contribution is handed to the
-engine when it has arrived in host memory, and the next result is asked for when the last one has left it.
+A bucket is packed, scaled and cast by one launch of the GPU library (hvd_backup._gpu), and what was compressed unpacked
+by another; or by PyTorch's own operations if hvd_backup was built without it. Copies go over a stream of our own, which
+waits for what produced the data; whoever uses a result on the GPU waits for the copy there. The host waits in two
+places only: a contribution is handed to the engine when it has arrived in host memory, and the next result is asked for
+when the last one has left it.
 
 Or the engine gets contributions on the GPU, and leaves results there (data_plane.py): then only updates that a rank has
 missed come through host memory.
@@ -25,7 +26,7 @@ from hvd_backup.errors import UsageError
 
 __all__ = [
     *("DTYPES", "Copy", "CudaTransfers", "Packing", "Transfers"),
-    *("is_supported", "library", "library_for", "look_for_nonfinite", "transfers_of"),
+    *("is_supported", "library", "library_for", "look_for_nonfinite", "transfers_of", "unpack"),
 ]
 
 # Names as the engine has them.
@@ -68,6 +69,11 @@ class Transfers(Protocol):
 
         tally: two float64 on the device; the second is not zero afterwards if there is a NaN or an infinity.
         """
+
+    def unpack(
+        self, bucket: torch.Tensor, views: list[torch.Tensor], gradients: list[torch.Tensor], scale: float
+    ) -> None:
+        """Starts it, after the caller's work so far: see `unpack`."""
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> Copy:
         """Starts it, after the caller's work so far; `source` must stay as it is until it has ended."""
@@ -172,6 +178,42 @@ class Packing:
         return False
 
 
+def unpack(
+    gpu: Any, bucket: torch.Tensor, views: list[torch.Tensor], gradients: list[torch.Tensor], scale: float, stream: int
+) -> bool:
+    """Writes what is in a bucket to gradients of a wider dtype: scaled in that, in float32 at least, and rounded once.
+
+    Args:
+        gpu: the GPU library, which does so by one launch; or None. The bits are the same.
+        views: of the bucket.
+        gradients: one for each view, of its shape, all of one dtype.
+
+    Returns:
+        Whether the library has done it.
+    """
+    dtype = gradients[0].dtype
+    can = gpu is not None and dtype in DTYPES and gpu.can_cast(DTYPES[dtype], DTYPES[bucket.dtype])
+    pairs = list(zip(views, gradients, strict=True))
+    if not can or any(gradient.stride() != view.stride() and gradient.numel() > 1 for view, gradient in pairs):
+        for view, gradient in pairs:
+            wide = view.to(torch.promote_types(dtype, torch.float32))
+            gradient.copy_(wide if scale == 1.0 else wide.mul_(scale))
+        return False
+    pairs.sort(key=lambda pair: pair[0].storage_offset())
+    gpu.unpack(
+        DTYPES[dtype],
+        DTYPES[bucket.dtype],
+        [gradient.data_ptr() for _, gradient in pairs],
+        [view.storage_offset() for view, _ in pairs],
+        [gradient.numel() for _, gradient in pairs],
+        bucket.data_ptr(),
+        scale,
+        bucket.device.index,
+        stream,
+    )
+    return True
+
+
 def look_for_nonfinite(bucket: torch.Tensor, tally: torch.Tensor) -> None:
     """See Transfers.pack; after the caller's work so far."""
     tally[1:] = bucket.isfinite().all().logical_not()
@@ -214,6 +256,12 @@ class CudaTransfers:
     def pack(self, packing: Packing, bucket: torch.Tensor, scale: float, tally: torch.Tensor | None = None) -> None:
         """See Transfers."""
         packing.pack(self._gpu, bucket, scale, self.stream_address(), tally)
+
+    def unpack(
+        self, bucket: torch.Tensor, views: list[torch.Tensor], gradients: list[torch.Tensor], scale: float
+    ) -> None:
+        """See Transfers."""
+        unpack(self._gpu, bucket, views, gradients, scale, self.stream_address())
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor) -> Copy:
         """See Transfers."""

@@ -23,6 +23,7 @@ class Wire:
 
     Attributes:
         dtype: of what travels.
+        is_widened: what travels is the gradient, rounded to a narrower dtype, and nothing else.
     """
 
     def __init__(self, parameter: torch.Tensor, compression: Any, sparse_dim: int) -> None:
@@ -37,6 +38,7 @@ class Wire:
         self._sparse_dim = sparse_dim
         self._as_it_is = sparse_dim == 0 and compression.decompress(probe, self._context) is probe
         self._is_cast = compression in (NoneCompressor, FP16Compressor)  # what copying into a bucket does as well
+        self.is_widened = self._is_cast and not self._as_it_is and sparse_dim == 0
 
     def outgoing(self, gradient: torch.Tensor) -> torch.Tensor:
         """What is to be copied into the gradient's place in a bucket."""
