@@ -13,6 +13,7 @@ runs a whole test this way; ranks as threads of one process are in `tests/thread
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,15 @@ class Job:
     def resume(self, rank: int) -> None:
         """Lets a stopped rank go on (SIGCONT)."""
         os.kill(self.pid(rank), signal.SIGCONT)
+
+    def stop_now_and_then(self, rank: int, times: int, seconds: float) -> None:
+        """Stops a rank several times for so long, with pauses of up to 0.2 s."""
+        chance = random.Random(1)
+        for _ in range(times):
+            self.stop(rank)
+            time.sleep(seconds)
+            self.resume(rank)
+            time.sleep(chance.random() * 0.2)
 
     def kill(self, rank: int) -> None:
         """Ends a rank's process at once (SIGKILL)."""

@@ -7,8 +7,6 @@ tested here: the plugin has none that runs late.
 """
 
 import importlib.util
-import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +155,7 @@ def test_i4_a_process_that_stops_amid_an_exchange_is_left_behind_and_comes_back(
     """
     with start_ranks(3, source, env={"KERAS_BACKEND": "tensorflow"}, timeout_s=120) as job:
         job.wait_for_mark(0, "exchanged")
-        chance = random.Random(1)
-        for _ in range(STOPS):
-            job.stop(1)
-            time.sleep(STOPPED_S)
-            job.resume(1)
-            time.sleep(chance.random() * 0.2)
+        job.stop_now_and_then(1, STOPS, STOPPED_S)
         values = job.wait().values()
     one_history(values, LONG)
     assert values[1]["counters"]["caught_up"] > 0

@@ -5,7 +5,6 @@ what they exchange are files in a folder; or, by CUDA-aware MPI, messages of the
 """
 
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -76,12 +75,7 @@ def test_i4_a_process_that_stops_amid_an_exchange_is_left_behind_and_comes_back(
 ) -> None:
     with start_ranks(4, train_while_one_stops, [str(tmp_path), plane, journal], timeout_s=120) as job:
         job.wait_for_mark(0, "exchanged")
-        chance = random.Random(1)
-        for _ in range(STOPS):
-            job.stop(1)
-            time.sleep(STOPPED_S)
-            job.resume(1)
-            time.sleep(chance.random() * 0.2)
+        job.stop_now_and_then(1, STOPS, STOPPED_S)
         values = job.wait().values()
     assert len({value["digest"] for value in values}) == 1
     assert [value["step"] for value in values] == [STEPS] * 4

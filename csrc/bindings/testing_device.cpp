@@ -29,6 +29,7 @@
 #include "base/error.h"
 #include "bindings/gpu_arguments.h"
 #include "bindings/testing.h"
+#include "bindings/testing_group.h"
 #include "collective/transport_group.h"
 #include "device/device.h"
 #include "device/shared_blocks.h"
@@ -83,8 +84,6 @@ struct Point {
 };
 
 class HostDevice;
-
-using Described = std::tuple<int, Address, std::size_t>;  // a part of an exchange: peer, address, bytes
 
 class HostGroup final : public DeviceGroup {
  public:
@@ -327,23 +326,10 @@ class GroupThroughTransport {
       : transport_(make_in_process_transport(std::move(hub), rank)),
         group_(device, *transport_, tag, std::move(members)) {}
 
-  const char* state() {
-    switch (group_.state()) {
-      case DeviceGroup::State::busy:
-        return "busy";
-      case DeviceGroup::State::ready:
-        return "ready";
-      case DeviceGroup::State::failed:
-        return "failed";
-    }
-    return "";
-  }
+  const char* state() { return name_of(group_.state()); }
   std::string reason() const { return group_.reason(); }
   void exchange(const std::vector<Described>& sends, const std::vector<Described>& receives) {
-    std::vector<DeviceGroup::Part> parts;
-    for (const auto& [peer, data, bytes] : sends) parts.push_back({peer, pointer<std::byte>(data), bytes, true});
-    for (const auto& [peer, data, bytes] : receives) parts.push_back({peer, pointer<std::byte>(data), bytes, false});
-    group_.exchange(parts);
+    hvd_backup::exchange(group_, sends, receives);
   }
   void abort() { group_.abort(); }
   void progress() { transport_->progress(); }

@@ -6,11 +6,11 @@
 #include <nanobind/stl/vector.h>
 
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "bindings/gpu_arguments.h"
 #include "bindings/testing.h"
+#include "bindings/testing_group.h"
 #include "gpu/nccl.h"
 
 namespace nb = nanobind;
@@ -18,23 +18,7 @@ using namespace nb::literals;
 
 namespace hvd_backup {
 
-namespace {
-
 using namespace gpu;
-
-const char* name_of(DeviceGroup::State state) {
-  switch (state) {
-    case DeviceGroup::State::busy:
-      return "busy";
-    case DeviceGroup::State::ready:
-      return "ready";
-    case DeviceGroup::State::failed:
-      return "failed";
-  }
-  return "";
-}
-
-}  // namespace
 
 void register_nccl(nb::module_& module) {
   nb::class_<DeviceGroup>(module, "NcclGroup")
@@ -43,13 +27,8 @@ void register_nccl(nb::module_& module) {
       // sends, receives: (peer, address, bytes)
       .def(
           "exchange",
-          [](DeviceGroup& self, const std::vector<std::tuple<int, Address, std::size_t>>& sends,
-             const std::vector<std::tuple<int, Address, std::size_t>>& receives) {
-            std::vector<DeviceGroup::Part> parts;
-            for (const auto& [peer, data, bytes] : sends)
-              parts.push_back({peer, pointer<std::byte>(data), bytes, true});
-            for (const auto& [peer, data, bytes] : receives) parts.push_back({peer, pointer<std::byte>(data), bytes});
-            self.exchange(parts);
+          [](DeviceGroup& self, const std::vector<Described>& sends, const std::vector<Described>& receives) {
+            exchange(self, sends, receives);
           },
           "sends"_a, "receives"_a)
       .def("abort", &DeviceGroup::abort);

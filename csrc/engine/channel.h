@@ -45,6 +45,10 @@ struct Bucket {
   std::size_t bytes() const { return layout.count * size_of(layout.dtype); }
 };
 
+// By bucket and shard: where its GPU puts what is kept; none: there was no place, so it goes through the result in host
+// memory.
+using Places = std::map<std::pair<int, int>, Journal::Block>;
+
 // One attempt to which this rank contributes, bucket by bucket as they are handed over.
 struct Reduction {
   Decision decision;
@@ -54,9 +58,7 @@ struct Reduction {
   int left = 0;                                                // buckets that are not complete
   Squares squares;                                             // of what this rank has summed
   bool keeps_all = false;                                      // a contributor has stopped: all shards are kept here
-  // By bucket and shard: where its GPU puts what is kept; none: there was no place, so it goes through the result in
-  // host memory.
-  std::map<std::pair<int, int>, Journal::Block> places;
+  Places places;
 };
 
 struct Channel {

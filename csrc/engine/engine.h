@@ -205,7 +205,6 @@ class Engine {
   void answer(Channel& channel, const Probe& probe);
   void stand_in_for(Channel& channel, const Final& message);
   std::vector<int> shards_kept(const Ranks& contributors, bool all) const;
-  using Places = std::map<std::pair<int, int>, Journal::Block>;
   Places places_on_device(const Channel& channel, const Decision& decision);
   void keep_for_late_ranks(Channel& channel, const Decision& decision);
   void keep_for_late_ranks(Channel& channel, Step step, int scope, const Ranks& contributors, bool all,

@@ -255,7 +255,7 @@ void Engine::keep_for_late_ranks(Channel& channel, const Decision& decision) {
 
 // Where an attempt in a group puts what this rank keeps of it. Of all buckets at once, before any has begun: then the
 // GPU waits for nobody, and more memory can be taken.
-Engine::Places Engine::places_on_device(const Channel& channel, const Decision& decision) {
+Places Engine::places_on_device(const Channel& channel, const Decision& decision) {
   Places places;
   if (channel.member.holds()) return places;  // kept once it is committed
   const std::size_t k = decision.contributors.size();
@@ -293,8 +293,9 @@ void Engine::keep_for_late_ranks(Channel& channel, Step step, int scope, const R
     const Bucket& bucket = channel.buckets[b];
     if (bucket.layout.scope != scope) continue;
     for (const int shard : kept) {
-      if (Journal::Block& block = places[{static_cast<int>(b), shard}]; block.data) {
-        channel.journal.keep(step, static_cast<int>(b), shard, std::move(block));
+      const auto place = places.find({static_cast<int>(b), shard});
+      if (place != places.end() && place->second.data) {
+        channel.journal.keep(step, static_cast<int>(b), shard, std::move(place->second));
         continue;
       }
       const Shard cut = shard_of(bucket.layout.count, k, static_cast<std::size_t>(shard));
