@@ -5,10 +5,11 @@
 Needs a GPU that PyTorch can use; ranks share it when there are fewer GPUs than ranks.
 
 Kernels, on rank 0 while the others sleep: a bucket made of 160 gradients, whose sizes are those of ResNet-50 scaled to
-the bucket. Bandwidth is bytes read and written over the time of a call, from CUDA events around a group of calls;
-median of interleaved rounds. The peer of every kernel is a copy from device to device of as many bytes, in the same
-round, and what PyTorch offers for the same: torch.cat and a multiplication, torch._foreach_copy_ and one. Each result
-is verified against float64.
+the bucket. Bandwidth is bytes read and written over the GPU's time for a call, from CUDA events around a group of calls
+that the GPU begins only when the host has begun them all; median of interleaved rounds. Beside it, the host's time to
+begin a call. The peer of every kernel is a copy from device to device of as many bytes, in the same round, and what
+PyTorch offers for the same: torch.cat and a multiplication, torch._foreach_copy_ and one. Each result is verified
+against float64.
 
 allreduce: microseconds per call of hvd.allreduce of a float32 tensor on the GPU, slowest rank, and of the same tensor
 in host memory, verified. Step: milliseconds per update of a model with the 161 parameters of ResNet-50 (25.6 million)
@@ -27,7 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mpi4py import MPI
@@ -42,6 +43,7 @@ from hvd_backup.torch.data_plane import gpu_of
 Job = Callable[[], object]
 
 CALLS = 10  # between two events
+GATE_CYCLES = 20_000_000  # the GPU waits for the host: 10 ms at 2 GHz
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)]
 
 
@@ -67,20 +69,32 @@ def scaled_sizes(total: int) -> list[int]:
     return [max(1, int(size * factor)) for size in sizes]
 
 
-def rounds_of(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
-    """Median seconds per call of each, in interleaved rounds."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
+class Seconds(NamedTuple):
+    """Of one call, median of interleaved rounds."""
+
+    gpu: float
+    host: float  # until the call returns
+    host_bound: float  # not 0: the GPU waited for the host, and `gpu` is too long
+
+
+def rounds_of(jobs: dict[str, Job], rounds: int) -> dict[str, Seconds]:
+    """Each job on a stream that has nothing else to do."""
+    times: dict[str, list[Seconds]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name, job in jobs.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(GATE_CYCLES)  # type: ignore[no-untyped-call]
             begin.record()
+            began = time.perf_counter()
             for _ in range(CALLS):
                 job()
+            host = time.perf_counter() - began
             end.record()
+            host_bound = float(begin.query())
             end.synchronize()
             if number > 0:  # the first round warms up
-                times[name].append(begin.elapsed_time(end) / 1e3 / CALLS)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+                times[name].append(Seconds(begin.elapsed_time(end) / 1e3 / CALLS, host / CALLS, host_bound))
+    return {name: Seconds(*map(statistics.median, zip(*each, strict=True))) for name, each in times.items()}
 
 
 class KernelCase:
@@ -187,16 +201,18 @@ class KernelCase:
         }
         seconds = rounds_of(jobs, rounds)
         summed = (len(self.shards) + 1) * self.sum.numel() * self.wire.itemsize
-        copy_rate = self.moved_bytes / seconds["copy"]
+        copy_rate = self.moved_bytes / seconds["copy"].gpu
         results = []
         for name, each in seconds.items():
-            rate = (summed if "sum" in name else self.moved_bytes) / each
+            rate = (summed if "sum" in name else self.moved_bytes) / each.gpu
             results.append(
                 {
                     "bucket_mib": self.bucket.numel() * self.wire.itemsize / 2**20,
                     "dtypes": f"{staging.DTYPES[self.gradient]} to {staging.DTYPES[self.wire]}",
                     "what": name,
-                    "us": each * 1e6,
+                    "us": each.gpu * 1e6,
+                    "host_us": each.host * 1e6,
+                    "host_bound": each.host_bound > 0,
                     "gb_per_s": rate / 1e9,
                     "of_copy_bandwidth": rate / copy_rate,
                     "verified": True,
@@ -291,14 +307,20 @@ def print_kernels(results: Sequence[dict[str, Any]]) -> None:
             f"{r['bucket_mib']:.0f}",
             r["dtypes"],
             r["what"],
-            f"{r['us']:.1f}",
+            f"{r['us']:.1f}{'*' if r['host_bound'] else ''}",
             f"{r['gb_per_s']:.0f}",
             f"{r['of_copy_bandwidth']:.2f}",
+            f"{r['host_us']:.1f}",
         )
         for r in results
     ]
-    columns = ["bucket [MiB]", "dtypes", "what", "time [us]", "GB/s", "of a copy's"]
-    measurement.print_table(f"Kernels on {torch.cuda.get_device_name()}", columns, rows, "Verified against float64.")
+    columns = ["bucket [MiB]", "dtypes", "what", "time [us]", "GB/s", "of a copy's", "host [us]"]
+    measurement.print_table(
+        f"Kernels on {torch.cuda.get_device_name()}",
+        columns,
+        rows,
+        "Verified against float64. *: the GPU waited for the host.",
+    )
 
 
 def main() -> None:
