@@ -265,6 +265,37 @@ def test_what_the_gpu_has_no_memory_for_is_kept_in_host_memory(tmp_path: Path) -
     assert any(device.host_places > 1 for device in on)
 
 
+def test_what_is_kept_in_host_memory_holds_up_no_exchange(tmp_path: Path) -> None:
+    """All buckets are exchanged though nothing of it has gone to the host; the update waits for that."""
+    seen: set[int] = set()
+
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        device = stream.device
+
+        def step() -> None:
+            ended = threading.Event()
+
+            def hold() -> None:
+                while not ended.is_set():
+                    if device.beside == 6 and device.in_queue == 0:  # two shards of three buckets
+                        seen.add(stream.rank)
+                        break
+                    time.sleep(0.001)
+                device.holds_beside = False
+
+            device.holds_beside = True
+            holding = threading.Thread(target=hold)
+            holding.start()
+            stream.step()
+            ended.set()
+            holding.join()
+
+        until(lambda: len(seen) == 2, step)
+
+    streams, _ = train(2, tmp_path, body, required=1, grace_us=1_000_000)
+    equal_histories(streams)
+
+
 def test_what_everybody_has_is_kept_no_longer(tmp_path: Path) -> None:
     most = [0, 0]
 

@@ -141,6 +141,12 @@ class HostDevice final : public Device {
     put([=] { return std::memcpy(undisguised(to), undisguised(from), bytes), true; });
   }
 
+  void copy_beside(void* to, const void* from, std::size_t bytes) override {
+    ++copies;
+    ++beside;
+    beside_.push_back({put_, [=] { std::memcpy(to, undisguised(from), bytes); }});
+  }
+
   Norms sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
             double scale, std::size_t count, bool measured) override {
     ++sums;
@@ -198,14 +204,25 @@ class HostDevice final : public Device {
 
   void as_current(const std::function<void()>& body) override { body(); }
 
-  Mark mark() override { return put_; }
+  Mark mark() override {
+    marks_.push_back({put_, begun_beside()});
+    return marks_.size();
+  }
   bool reached(Mark mark) override {
     for (int n = static_cast<int>(random_() % 4); n > 0 && !queue_.empty() && !hangs; --n) {
       if (!queue_.front()()) break;
       queue_.pop_front();
       ++ended_;
     }
-    return ended_ >= mark;
+    if (!beside_.empty() && ended_ >= beside_.front().after && !holds_beside && random_() % 4 == 0) {
+      beside_.front().work();
+      beside_.pop_front();
+      ++ended_beside_;
+      --beside;
+    }
+    in_queue = static_cast<int>(queue_.size());
+    const auto& [queued, copied] = marks_[mark - 1];
+    return ended_ >= queued && ended_beside_ >= copied;
   }
 
   std::string why_no_groups() const override { return why_no_groups_; }
@@ -226,8 +243,10 @@ class HostDevice final : public Device {
   const std::shared_ptr<std::atomic<int>> in_use = std::make_shared<std::atomic<int>>(0);  // blocks of memory()
   const std::shared_ptr<std::atomic<int>> in_queue_memory = std::make_shared<std::atomic<int>>(0);  // blocks
   std::atomic<int> host_places = 0, reads = 0;                                                      // so far
+  std::atomic<int> in_queue = 0, beside = 0;                             // that have not ended
   std::atomic<int> most_queue_memory = std::numeric_limits<int>::max();  // blocks: then none is left
   std::atomic<bool> hangs = false;                                       // nothing of the queue is done
+  std::atomic<bool> holds_beside = false;                                // no copy beside it is
   std::atomic<int> failing_exchange = 0;  // the group fails at the exchange with this number
 
  private:
@@ -235,7 +254,14 @@ class HostDevice final : public Device {
   const std::string why_no_groups_;
   std::minstd_rand random_;
   std::deque<std::function<bool()>> queue_;
-  Mark put_ = 0, ended_ = 0;
+  struct Beside {
+    std::uint64_t after;  // in the queue
+    std::function<void()> work;
+  };
+  std::uint64_t begun_beside() const { return ended_beside_ + beside_.size(); }
+  std::uint64_t put_ = 0, ended_ = 0, ended_beside_ = 0;
+  std::deque<Beside> beside_;
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> marks_;  // in the queue, and beside it
   std::vector<std::unique_ptr<std::byte[]>> scratch_;
   std::function<void()> read_;  // one that has not ended
   // What is given back is used again, though something may still use it, so that a test finds that.
@@ -368,6 +394,11 @@ void register_device(nb::module_& module) {
       .def_prop_rw(
           "hangs", [](const HostDevice& self) { return self.hangs.load(); },
           [](HostDevice& self, bool value) { self.hangs = value; })
+      .def_prop_ro("in_queue", [](const HostDevice& self) { return self.in_queue.load(); })
+      .def_prop_ro("beside", [](const HostDevice& self) { return self.beside.load(); })
+      .def_prop_rw(
+          "holds_beside", [](const HostDevice& self) { return self.holds_beside.load(); },
+          [](HostDevice& self, bool value) { self.holds_beside = value; })
       .def_prop_rw(
           "failing_exchange", [](const HostDevice& self) { return self.failing_exchange.load(); },
           [](HostDevice& self, int value) { self.failing_exchange = value; });

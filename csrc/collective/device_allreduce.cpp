@@ -101,9 +101,14 @@ void DeviceAllreduce::exchange_results() {
 }
 
 void DeviceAllreduce::finish() {
-  for (const auto& [part, place] : options_.kept) {
-    device_.copy(place.get(), static_cast<const std::byte*>(options_.result) + part.begin * element_bytes_,
-                 part.size() * element_bytes_);
+  for (const auto& [part, place, on_device] : options_.kept) {
+    const auto* from = static_cast<const std::byte*>(options_.result) + part.begin * element_bytes_;
+    const std::size_t bytes = part.size() * element_bytes_;
+    if (on_device) {
+      device_.copy(place.get(), from, bytes);
+    } else {
+      device_.copy_beside(place.get(), from, bytes);
+    }
   }
   end_ = device_.mark();
 }

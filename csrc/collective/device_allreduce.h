@@ -33,6 +33,7 @@ struct DeviceAllreduceOptions {
   struct Kept {
     Shard part;
     std::shared_ptr<std::byte> place;
+    bool on_device = false;  // otherwise in host memory
   };
   std::vector<Kept> kept;
   // If given: the squared norms of this member's shard are added to it, in the same pass, before it is complete.

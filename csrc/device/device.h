@@ -1,5 +1,5 @@
-// One GPU as the engine uses it: one queue of work of our own (a stream), in whose order everything happens, and groups
-// of ranks whose GPUs exchange data without the host (an NCCL communicator). The GPU library implements it with CUDA;
+// One GPU as the engine uses it: one queue of work of our own (a stream), copies beside it, and groups of ranks whose
+// GPUs exchange data without the host (an NCCL communicator). The GPU library implements it with CUDA;
 // the tests with host memory.
 //
 // Threads: record() from any; all else from the one that has the engine's turn. Nothing here blocks but abort(), and
@@ -54,7 +54,7 @@ class DeviceGroup {
 class Device {
  public:
   using Ready = std::shared_ptr<const void>;  // a point in the caller's stream
-  using Mark = std::uint64_t;                 // a point in the queue
+  using Mark = std::uint64_t;                 // a point in the queue, and in the copies beside it
   // In host memory; to be read once a mark that was put behind the sum is reached. From any thread it may be let go, at
   // any time, also unread.
   using Norms = std::shared_ptr<const SquaredNorms>;
@@ -69,6 +69,10 @@ class Device {
 
   // Between host memory and the GPU's, or within it.
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
+
+  // The same, to host_memory(), after what is in the queue by now, but beside what comes after that, which so does not
+  // wait for the way to the host.
+  virtual void copy_beside(void* to, const void* from, std::size_t bytes) = 0;
 
   // As in kernels/weighted_sum.h, to the same bits. Floating point only. Null unless `measured`.
   virtual Norms sum(DataType dtype, void* destination, std::span<const void* const> sources,
@@ -92,13 +96,15 @@ class Device {
   // there was may wait for all that is in the queue: unless `may_wait`, null is given instead. The rest as memory().
   virtual std::shared_ptr<std::byte> host_memory(std::size_t bytes, bool may_wait) = 0;
 
-  // Beside the queue: begins a copy from the GPU, of what is there by now, to host_memory(). One at a time.
+  // Waits for nothing in the queue: begins a copy from the GPU, of what is there by now, to host_memory(). One at a
+  // time.
   virtual void read(void* to, const void* from, std::size_t bytes) = 0;
   virtual bool has_read() = 0;  // the last one has ended
 
   // Runs this with the GPU as the calling thread's current one, as other libraries need it that are told of its memory.
   virtual void as_current(const std::function<void()>& body) = 0;
 
+  // Of all that was begun by now.
   virtual Mark mark() = 0;
   virtual bool reached(Mark mark) = 0;
 

@@ -182,7 +182,8 @@ void Engine::start_reduction(const Start& start) {
       if (place.first != start.bucket) continue;
       const Shard part = shard_of(bucket.layout.count, ranks.size(), static_cast<std::size_t>(place.second));
       std::byte* const in_result = static_cast<std::byte*>(bucket.result) + part.begin * size_of(bucket.layout.dtype);
-      options.kept.push_back({part, block.data ? block.data : std::shared_ptr<std::byte>(block.data, in_result)});
+      auto to = block.data ? block.data : std::shared_ptr<std::byte>(block.data, in_result);
+      options.kept.push_back({part, std::move(to), block.on_device});
     }
     options.norms = norms;
     running = device_->start_in_group(decision.group, tag, ranks, std::move(options), bucket.on_device->ready,

@@ -1,4 +1,4 @@
-// The queue is one stream; points in streams are events, which are used again and again.
+// The queue is one stream, copies beside it are another; points in streams are events, which are used again and again.
 #include "gpu/cuda_device.h"
 
 #include <deque>
@@ -96,6 +96,15 @@ class CudaDevice final : public Device {
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_.get()), "copying");
   }
 
+  void copy_beside(void* to, const void* from, std::size_t bytes) override {
+    const OnDevice here(device_);
+    Event now = recorded(stream_);
+    check(cudaStreamWaitEvent(beside_.get(), now.get(), 0), "waiting for the queue");
+    events_->give_back(std::move(now));
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, beside_.get()), "copying beside the queue");
+    has_copied_beside_ = true;
+  }
+
   Norms sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
             double scale, std::size_t count, bool measured) override {
     const OnDevice here(device_);
@@ -126,8 +135,8 @@ class CudaDevice final : public Device {
 
   void read(void* to, const void* from, std::size_t bytes) override {
     const OnDevice here(device_);
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, aside_.get()), "reading");
-    check(cudaEventRecord(read_.get(), aside_.get()), "marking the end of a copy");
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, reads_.get()), "reading");
+    check(cudaEventRecord(read_.get(), reads_.get()), "marking the end of a copy");
   }
   bool has_read() override {
     const OnDevice here(device_);
@@ -141,9 +150,9 @@ class CudaDevice final : public Device {
 
   Mark mark() override {
     const OnDevice here(device_);
-    Event event = events_->take();
-    check(cudaEventRecord(event.get(), stream_.get()), "marking a point in the queue");
-    marks_.push_back(std::move(event));
+    marks_.push_back(recorded(stream_));
+    // Once: later marks are reached after this one.
+    if (std::exchange(has_copied_beside_, false)) marks_.push_back(recorded(beside_));
     return reached_ + marks_.size();
   }
 
@@ -168,6 +177,12 @@ class CudaDevice final : public Device {
   }
 
  private:
+  Event recorded(const OwnStream& stream) {
+    Event event = events_->take();
+    check(cudaEventRecord(event.get(), stream.get()), "marking a point in a stream");
+    return event;
+  }
+
   static bool has_ended(const Event& event) {
     const cudaError_t status = cudaEventQuery(event.get());
     if (status == cudaErrorNotReady) {
@@ -187,8 +202,10 @@ class CudaDevice final : public Device {
       std::make_shared<SharedBlocks>([device = device_](std::size_t bytes) { return shareable_memory(device, bytes); });
   const std::shared_ptr<SharedBlocks> host_blocks_ = std::make_shared<SharedBlocks>(
       [device = device_](std::size_t bytes) { return page_locked_memory(device, bytes); });
-  OwnStream aside_;  // of reads
-  Event read_;       // the last one has ended
+  OwnStream beside_;
+  bool has_copied_beside_ = false;  // since the last mark
+  OwnStream reads_;
+  Event read_;  // the last one has ended
   const std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
   const std::shared_ptr<NormsPool> norms_pool_ = std::make_shared<NormsPool>();
   std::deque<Event> marks_;  // those that are not known to be reached, in the order of the queue
