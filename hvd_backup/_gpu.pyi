@@ -1,7 +1,7 @@
 """The GPU library (csrc/gpu): there only if hvd_backup was built where CUDA's nvcc is.
 
-Each function is one launch (of up to 512 gradients, 1024 sources) on a stream of the caller, and returns before it has
-run. Every address must be one that the GPU can use, and stay valid until the stream has come past it. dtypes are
+pack, unpack and sum are one launch (of up to 512 gradients, 1024 sources) on a stream of the caller, and return before
+it has run. Every address must be one that the GPU can use, and stay valid until the stream has come past it. dtypes are
 float16, bfloat16, float32 and float64. `device` is the number of the GPU, `stream` a cudaStream_t as an integer. Errors
 are RuntimeError, with what CUDA said.
 """
@@ -33,6 +33,9 @@ class Device:
 
     def host_memory(self, bytes: int) -> HostMemory:
         """At least one byte, with whatever lies in it."""
+
+def try_on(device: int) -> None:
+    """Runs a kernel on a GPU, and waits for it; raises RuntimeError if that is impossible."""
 
 def can_cast(gradient: str, wire: str) -> bool:
     """Whether pack and unpack take these two dtypes.

@@ -18,9 +18,8 @@ from hvd_backup.context import Context
 from hvd_backup.errors import ConfigError, NotInitializedError
 from hvd_backup.policy import Policy
 
-__all__ = ["NO_LIBRARY", "ON_THE_CPU", "engage", "in_words", "library", "means_of", "the_gpu"]
+__all__ = ["ON_THE_CPU", "Gpu", "engage", "in_words", "library", "means_of", "the_gpu", "why_no_library"]
 
-NO_LIBRARY = "hvd_backup was built without the GPU library (nvcc)"
 ON_THE_CPU = "the parameters are on the CPU"
 
 Place = TypeVar("Place")  # a device, as a framework has it
@@ -37,16 +36,41 @@ def library() -> ModuleType | None:
     return _gpu
 
 
+def why_no_library(number: int) -> str:
+    """Why the GPU library cannot be used on a GPU; empty: it can, and has shown it.
+
+    number: as CUDA counts those that this process sees.
+    """
+    return "hvd_backup was built without the GPU library (nvcc)" if library() is None else _why_it_does_not_run(number)
+
+
 @functools.cache
-def the_gpu(number: int, nccl_library: str) -> Any:
-    """A GPU of this process as the engine uses it, one for all frameworks.
+def _why_it_does_not_run(number: int) -> str:
+    gpu: Any = library()
+    try:
+        gpu.try_on(number)
+    except RuntimeError as error:  # compiled for other GPUs, or by a CUDA that is newer than the driver
+        return (
+            f"hvd_backup's GPU library does not run on GPU {number} ({error}): build it with CUDAARCHS set to this "
+            "GPU's architecture, and with a CUDA that the driver supports"
+        )
+    return ""
+
+
+def the_gpu(number: int, nccl_library: str) -> Gpu:
+    """A GPU of this process as the engine uses it, one for all frameworks; or None and why it cannot.
 
     Args:
-        number: as CUDA counts those that this process sees.
+        number: see why_no_library.
         nccl_library: where NCCL is, if it is not found by name.
     """
-    gpu = library()
-    assert gpu is not None
+    why_not = why_no_library(number)
+    return (None, why_not) if why_not else (_device(number, nccl_library), "")
+
+
+@functools.cache
+def _device(number: int, nccl_library: str) -> Any:
+    gpu: Any = library()
     return gpu.Device(number, nccl_library)
 
 

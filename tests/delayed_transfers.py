@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hvd_backup import _core_testing as core
+from hvd_backup import data_plane
 from hvd_backup.torch import staging
 
 POISON = float("nan")
@@ -87,8 +88,8 @@ class DelayedTransfers:
     def stream_address(self) -> int:
         return 0
 
-    def engine_device(self, nccl_library: str) -> Any:
-        return self.device
+    def engine_device(self, nccl_library: str) -> data_plane.Gpu:
+        return self.device, "" if self.device else "the engine cannot use it"
 
     def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         self.ungathered -= set(streams)  # type: ignore[arg-type]

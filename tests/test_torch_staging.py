@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import hvd_backup.torch as hvd
+from hvd_backup import data_plane
 from hvd_backup.torch import staging
 from hvd_backup.torch.bucket_plan import plan
 from hvd_backup.torch.buckets import Buckets
@@ -137,19 +138,22 @@ def test_gradients_of_every_form_are_packed(
 
 
 def test_a_gpu_library_that_does_not_run_here_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    class CompiledForOthers(HostLibrary):
+    class CompiledForOthers:
         @staticmethod
-        def pack(*_: Any) -> None:
-            raise RuntimeError("CUDA: moving gradients: no kernel image is available for execution on the device")
+        def try_on(number: int) -> None:
+            if number > 1000:
+                raise RuntimeError("CUDA: moving gradients: no kernel image is available for execution on the device")
 
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(staging, "library", lambda: HostLibrary)
-    assert staging.library_for(cpu, stream=0) is HostLibrary
-    monkeypatch.setattr(staging, "library", lambda: None)
-    assert staging.library_for(cpu, stream=0) is None
-    monkeypatch.setattr(staging, "library", lambda: CompiledForOthers)
-    with pytest.warns(UserWarning, match=r"does not run on cpu \(CUDA: .*no kernel image"):
-        assert staging.library_for(cpu, stream=0) is None
+    for module in (staging, data_plane):
+        monkeypatch.setattr(module, "library", lambda: CompiledForOthers)
+    assert staging.library_for(1000) is CompiledForOthers
+    with pytest.warns(UserWarning, match=r"PyTorch packs gradients: .* not run on GPU 1001 \(CUDA: .*no kernel image"):
+        assert staging.library_for(1001) is None
+    assert data_plane.the_gpu(1001, "")[0] is None
+    for module in (staging, data_plane):
+        monkeypatch.setattr(module, "library", lambda: None)
+    assert staging.library_for(1000) is None
+    assert data_plane.the_gpu(1000, "") == (None, "hvd_backup was built without the GPU library (nvcc)")
 
 
 def test_a_bucket_is_on_one_device() -> None:

@@ -64,6 +64,7 @@ NB_MODULE(_gpu, module) {
             return OwnedHostMemory{page_locked_memory(self.number, bytes)};
           },
           "bytes"_a);
+  module.def("try_on", &try_on, "device"_a);
   module.def(
       "can_cast",
       [](std::string_view gradient, std::string_view wire) { return can_cast(data_type(gradient), data_type(wire)); },

@@ -96,4 +96,14 @@ void sum(DataType dtype, void* destination, std::span<const void* const> sources
   launch_sum(CudaLauncher{handle}, dtype, destination, sources, weights, scale, count, norms);
 }
 
+void try_on(int device) {
+  const OnDevice here(device);
+  const OwnStream stream;
+  const HostMemory<float> memory(1);
+  const Piece zero{nullptr, 0, 1};
+  pack(DataType::float32, DataType::float32, {&zero, 1}, memory.get().data(), 1.0, Stream{device, stream.get()},
+       nullptr);
+  check(cudaStreamSynchronize(stream.get()), "running a kernel");
+}
+
 }  // namespace hvd_backup::gpu

@@ -1,4 +1,4 @@
-// What the GPU library does: one launch each, on a stream of the caller, who is not waited for. Every address is one
+// What the GPU library does: one launch each, on a stream of the caller, who does not wait for it. Every address is one
 // that the GPU can use, and must stay valid until the stream has come past the launch.
 #pragma once
 
@@ -40,5 +40,8 @@ void unpack(DataType gradient, DataType wire, std::span<const Piece> pieces, voi
 // that differs from run to run.
 void sum(DataType dtype, void* destination, std::span<const void* const> sources, std::span<const double> weights,
          double scale, std::size_t count, Stream stream, SquaredNorms* norms);
+
+// Whether kernels run on this GPU: throws if not. Waits for one.
+void try_on(int device);
 
 }  // namespace hvd_backup::gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,14 +26,12 @@ def device_of(variable: Any) -> str:
     return f"/{spec.device_type or 'CPU'}:{spec.device_index or 0}"
 
 
-def gpu_of(device: str, config: Config) -> tuple[Any, str]:
+def gpu_of(device: str, config: Config) -> data_plane.Gpu:
     """The GPU as the engine uses it, or None and why it cannot."""
     spec = tf.DeviceSpec.from_string(device)
     if spec.device_type != "GPU":
         return None, data_plane.ON_THE_CPU
-    if data_plane.library() is None:
-        return None, data_plane.NO_LIBRARY
-    return _gpu(number_of(spec.device_index), config.nccl_library)
+    return data_plane.the_gpu(number_of(spec.device_index), config.nccl_library)
 
 
 def number_of(index: int) -> int:
@@ -44,19 +41,3 @@ def number_of(index: int) -> int:
         parts = tf.config.get_logical_device_configuration(physical) or [None]
         numbers += [int(physical.name.rpartition(":")[2])] * len(parts)
     return numbers[index]
-
-
-@functools.cache
-def _gpu(number: int, nccl_library: str) -> tuple[Any, str]:
-    """See gpu_of. The GPU library has to show that it runs on this GPU."""
-    library: Any = data_plane.library()
-    try:
-        gpu = data_plane.the_gpu(number, nccl_library)
-        memory = gpu.host_memory(4)  # which the GPU can write to as well
-        library.pack("float32", "float32", [0], [0], [1], memory.address, 1.0, number, 0)
-    except RuntimeError as error:  # compiled for other GPUs, or by a CUDA that is newer than the driver
-        return None, (
-            f"hvd_backup's GPU library does not run on GPU {number} ({error}): build it with CUDAARCHS set to this "
-            "GPU's architecture, and with a CUDA that the driver supports"
-        )
-    return gpu, ""

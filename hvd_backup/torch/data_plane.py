@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -21,10 +20,9 @@ def engage(place: Context, policy: Policy, parameters: Sequence[torch.Tensor]) -
     return data_plane.engage(place, policy, (parameter.device for parameter in parameters), gpu_of)
 
 
-def gpu_of(device: torch.device, config: Config) -> tuple[Any, str]:
+def gpu_of(device: torch.device, config: Config) -> data_plane.Gpu:
     """The GPU as the engine uses it, or None and why it cannot."""
     transfers = staging.transfers_of(device)
     if transfers is None:
         return None, data_plane.ON_THE_CPU
-    gpu = transfers.engine_device(config.nccl_library)
-    return gpu, data_plane.NO_LIBRARY if gpu is None else ""
+    return transfers.engine_device(config.nccl_library)

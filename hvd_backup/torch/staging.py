@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
-from hvd_backup.data_plane import library, the_gpu
+from hvd_backup import data_plane
+from hvd_backup.data_plane import library
 from hvd_backup.errors import UsageError
 
 __all__ = [
@@ -55,8 +56,8 @@ class Transfers(Protocol):
     def stream_address(self) -> int:
         """The same, for the engine."""
 
-    def engine_device(self, nccl_library: str) -> Any:
-        """The device as the engine uses it (`_gpu.Device`); None: it cannot.
+    def engine_device(self, nccl_library: str) -> data_plane.Gpu:
+        """The device as the engine uses it (`_gpu.Device`), or None and why it cannot.
 
         nccl_library: where NCCL is, if it is not found by name.
         """
@@ -82,22 +83,12 @@ class Transfers(Protocol):
         """Starts it, after the caller's work so far; what the caller does next on the device comes after it."""
 
 
-def library_for(device: torch.device, stream: int) -> Any:
-    """The GPU library if it runs on this GPU, which it has to show; otherwise None, and a warning."""
-    gpu = library()
-    if gpu is None:
-        return None
-    element = torch.ones(1, device=device)
-    try:
-        gpu.pack("float32", "float32", [0], [0], [1], element.data_ptr(), 1.0, device.index, stream)
-    except RuntimeError as error:  # compiled for other GPUs, or by a CUDA that is newer than the driver
-        warnings.warn(
-            f"hvd_backup's GPU library does not run on {device} ({error}): PyTorch packs gradients instead. "
-            "Build hvd_backup with CUDAARCHS set to this GPU's architecture, and with a CUDA that the driver supports",
-            stacklevel=2,
-        )
-        return None
-    return gpu
+def library_for(number: int) -> Any:
+    """The GPU library, if it can be used on this GPU."""
+    why_not = data_plane.why_no_library(number)
+    if why_not and library() is not None:
+        warnings.warn(f"PyTorch packs gradients: {why_not}", stacklevel=2)
+    return None if why_not else library()
 
 
 class Packing:
@@ -225,7 +216,7 @@ class CudaTransfers:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._gpu = library_for(device, self.stream_address())
+        self._gpu = library_for(device.index)
 
     def host_memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """See Transfers."""
@@ -240,9 +231,9 @@ class CudaTransfers:
         """See Transfers."""
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
-    def engine_device(self, nccl_library: str) -> Any:
+    def engine_device(self, nccl_library: str) -> data_plane.Gpu:
         """See Transfers."""
-        return None if self._gpu is None else the_gpu(self._device.index, nccl_library)
+        return data_plane.the_gpu(self._device.index, nccl_library)
 
     def gather(self, streams: Iterable[Hashable], tensors: Iterable[torch.Tensor]) -> None:
         """See Transfers."""
