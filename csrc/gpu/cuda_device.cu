@@ -71,7 +71,7 @@ class NormsPool {
 class CudaDevice final : public Device {
  public:
   CudaDevice(int device, std::shared_ptr<const Nccl> nccl)
-      : device_(device), nccl_(std::move(nccl)), scratch_(stream_.get()), norms_(stream_.get()) {}
+      : device_(device), nccl_(std::move(nccl)), pool_(device, stream_.get()), scratch_(pool_), norms_(pool_) {}
 
   Ready record(void* stream) override {
     const OnDevice here(device_);
@@ -126,7 +126,7 @@ class CudaDevice final : public Device {
 
   std::shared_ptr<std::byte> queue_memory(std::size_t bytes) override {
     const OnDevice here(device_);
-    return stream_memory(device_, stream_.get(), bytes);
+    return stream_memory(device_, pool_, bytes);
   }
 
   std::shared_ptr<std::byte> host_memory(std::size_t bytes, bool may_wait) override {
@@ -196,6 +196,7 @@ class CudaDevice final : public Device {
   const int device_;
   const std::shared_ptr<const Nccl> nccl_;
   OwnStream stream_;
+  StreamPool pool_;
   StreamMemory scratch_;
   StreamMemory norms_;  // of the one sum that is at work
   const std::shared_ptr<SharedBlocks> blocks_ =
@@ -208,7 +209,7 @@ class CudaDevice final : public Device {
   Event read_;  // the last one has ended
   const std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
   const std::shared_ptr<NormsPool> norms_pool_ = std::make_shared<NormsPool>();
-  std::deque<Event> marks_;  // those that are not known to be reached, in the order of the queue
+  std::deque<Event> marks_;  // those that are not known to be reached
   Mark reached_ = 0;
 };
 
@@ -216,6 +217,7 @@ class CudaDevice final : public Device {
 
 std::unique_ptr<Device> make_cuda_device(int device, std::shared_ptr<const Nccl> nccl) {
   const OnDevice here(device);
+  load_all(device);
   return std::make_unique<CudaDevice>(device, std::move(nccl));
 }
 

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
@@ -107,12 +108,39 @@ class HostMemory {
 };
 
 // Memory that is taken and given back in the order of a stream, so that nothing has to wait for that: other than with
-// cudaFree, which would wait for an exchange that never ends.
+// cudaFree, which would wait for an exchange that never ends. What is given back is kept for the next one: the device's
+// usual pool would give it to the system whenever the program waits for its GPU, in each step, say.
+class StreamPool {
+ public:
+  StreamPool(int device, cudaStream_t stream) : stream_(stream) {
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = device;
+    check(cudaMemPoolCreate(&pool_, &properties), "making a memory pool");
+    std::uint64_t everything = UINT64_MAX;
+    check(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &everything), "keeping memory");
+  }
+  ~StreamPool() { cudaMemPoolDestroy(pool_); }  // what is taken stays
+  StreamPool(const StreamPool&) = delete;
+  StreamPool& operator=(const StreamPool&) = delete;
+
+  cudaError_t take(void** data, std::size_t bytes) const {
+    return cudaMallocFromPoolAsync(data, bytes, pool_, stream_);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  cudaStream_t stream_;
+  cudaMemPool_t pool_ = nullptr;
+};
+
+// One piece of it.
 class StreamMemory {
  public:
-  explicit StreamMemory(cudaStream_t stream) : stream_(stream) {}
+  explicit StreamMemory(const StreamPool& pool) : pool_(pool) {}
   ~StreamMemory() {
-    if (data_ != nullptr) cudaFreeAsync(data_, stream_);
+    if (data_ != nullptr) cudaFreeAsync(data_, pool_.stream());
   }
   StreamMemory(const StreamMemory&) = delete;
   StreamMemory& operator=(const StreamMemory&) = delete;
@@ -121,28 +149,28 @@ class StreamMemory {
   void* at_least(std::size_t bytes) {
     if (bytes <= size_) return data_;
     size_ = 0;
-    if (data_ != nullptr) check(cudaFreeAsync(std::exchange(data_, nullptr), stream_), "giving memory back");
-    check(cudaMallocAsync(&data_, bytes, stream_), "taking memory");
+    if (data_ != nullptr) check(cudaFreeAsync(std::exchange(data_, nullptr), pool_.stream()), "giving memory back");
+    check(pool_.take(&data_, bytes), "taking memory");
     size_ = bytes;
     return data_;
   }
 
  private:
-  cudaStream_t stream_;
+  const StreamPool& pool_;
   void* data_ = nullptr;
   std::size_t size_ = 0;
 };
 
 // The same, in blocks with an owner each, all gone before the stream. Null: no memory is left.
-inline std::shared_ptr<std::byte> stream_memory(int device, cudaStream_t stream, std::size_t bytes) {
+inline std::shared_ptr<std::byte> stream_memory(int device, const StreamPool& pool, std::size_t bytes) {
   void* data = nullptr;
-  const cudaError_t status = cudaMallocAsync(&data, bytes, stream);
+  const cudaError_t status = pool.take(&data, bytes);
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // or the next launch would be blamed for it
     return nullptr;
   }
   check(status, "taking memory");
-  return {static_cast<std::byte*>(data), [device, stream](std::byte* memory) {
+  return {static_cast<std::byte*>(data), [device, stream = pool.stream()](std::byte* memory) {
             try {
               const OnDevice here(device);
               cudaFreeAsync(memory, stream);

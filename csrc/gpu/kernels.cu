@@ -72,7 +72,46 @@ struct CudaLauncher {
   }
 };
 
+// Launches nothing: the kernel is on the device from now on.
+struct Loader {
+  template <class Job>
+  void move(const Pieces&, void*, double, TileRange, Tally*) const {
+    load(reinterpret_cast<const void*>(&move_kernel<Job>));
+  }
+
+  template <class Job>
+  void sum(const Sources&, void*, double, bool, std::uint64_t, unsigned, SquaredNorms*) const {
+    load(reinterpret_cast<const void*>(&sum_kernel<Job>));
+  }
+
+ private:
+  static void load(const void* kernel) {
+    cudaFuncAttributes unused;
+    check(cudaFuncGetAttributes(&unused, kernel), "loading kernels");
+  }
+};
+
 }  // namespace
+
+void load_all(int device) {
+  const OnDevice here(device);
+  const Piece piece{nullptr, 0, 1};
+  const void* const source = nullptr;
+  const double weight = 1.0;
+  Tally tally{};
+  SquaredNorms norms;
+  constexpr DataType dtypes[] = {DataType::float16, DataType::bfloat16, DataType::float32, DataType::float64};
+  for (const DataType gradient : dtypes) {
+    launch_sum(Loader{}, gradient, nullptr, {&source, 1}, {&weight, 1}, 1.0, 1, nullptr);
+    launch_sum(Loader{}, gradient, nullptr, {&source, 1}, {&weight, 1}, 1.0, 1, &norms);
+    for (const DataType wire : dtypes) {
+      if (!can_cast(gradient, wire)) continue;
+      launch_pack(Loader{}, gradient, wire, {&piece, 1}, nullptr, 1.0, nullptr);
+      launch_pack(Loader{}, gradient, wire, {&piece, 1}, nullptr, 1.0, &tally);
+      launch_unpack(Loader{}, gradient, wire, {&piece, 1}, nullptr, 1.0);
+    }
+  }
+}
 
 void pack(DataType gradient, DataType wire, std::span<const Piece> pieces, void* bucket, double scale, Stream stream,
           Tally* tally) {
