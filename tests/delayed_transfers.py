@@ -17,7 +17,10 @@ from hvd_backup import _core_testing as core
 from hvd_backup import data_plane
 from hvd_backup.torch import staging
 
-POISON = float("nan")
+
+def poison(dtype: torch.dtype) -> float:
+    """What is in memory that nothing has been copied to."""
+    return float("nan") if dtype.is_floating_point else -1
 
 
 class HostLibrary:
@@ -78,7 +81,7 @@ class DelayedTransfers:
         self._running: list[DelayedCopy] = []
 
     def host_memory(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((elements,), POISON, dtype=dtype)
+        return torch.full((elements,), poison(dtype), dtype=dtype)
 
     def stream(self) -> Hashable:
         self._current = (self._current + 1) % self._streams
@@ -110,7 +113,7 @@ class DelayedTransfers:
         self.sent += 1
         for copy in [copy for copy in self._running if copy.source.data_ptr() == target.data_ptr()]:
             self.run_until(copy)  # it comes before this one
-        target.fill_(POISON)
+        target.fill_(poison(target.dtype))
         return self._start(source, lambda: target.copy_(source))
 
     def to_device(self, source: torch.Tensor, target: torch.Tensor) -> DelayedCopy:

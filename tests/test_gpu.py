@@ -173,15 +173,15 @@ def test_a_bucket_is_judged_while_it_is_packed(spoiled: bool) -> None:
     device = torch.device("cuda", 0)
     transfers = staging.transfers_of(device)
     assert transfers is not None
-    bucket, tally = torch.ones(10, device=device), torch.ones(2, dtype=torch.float64, device=device)
+    bucket, tally = torch.ones(10, device=device), torch.ones(2, dtype=torch.int64, device=device)
     bucket[3] = float("inf") if spoiled else 3.0
     packing = staging.Packing()
     packing.add(bucket[:4], bucket[:4])
     packing.add(torch.full((6,), 2.0, device=device), bucket[4:])
     transfers.pack(packing, bucket, 1.0, tally)
-    verdict = transfers.host_memory(2, torch.float64)
+    verdict = transfers.host_memory(2, torch.int64)
     transfers.to_host(tally, verdict).wait()
-    assert (float(verdict[1]) != 0) == spoiled
+    assert (int(verdict[1]) != 0) == spoiled
     assert bucket[4:].tolist() == [2.0] * 6
 
 

@@ -128,6 +128,7 @@ def passed_on() -> bool:
 def all_cases(gpus: str) -> dict[str, Any]:
     """gpus: where stand-ins for them exchange data; empty: on the CPU."""
     hvd.init()
+    torch.set_flush_denormal(True)  # what is small may not stand for what is not finite
     device = HostDevice(gpus, hvd.rank() + 1) if gpus else None
     if device is not None:  # rank 1 was built without the GPU library, which looks while it packs
         use(DelayedTransfers(device=device), library=None if hvd.rank() == 1 else HostLibrary)

@@ -85,7 +85,7 @@ class Bucket:
         self._loading: staging.Copy | None = None
         self._tally: torch.Tensor | None = None  # see Transfers.pack
         if direct and judged:
-            self._tally, self._verdict = self._buffers(2, torch.float64)  # the latter in host memory
+            self._tally, self._verdict = self._buffers(2, torch.int64)  # the latter in host memory
 
     def _buffers(self, elements: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         buffer = torch.zeros(elements, dtype=dtype, device=self._device)
@@ -155,7 +155,7 @@ class Bucket:
         it is finite, if it is `judged`."""
         if not self._direct:
             return None
-        finite = self._tally is None or float(self._verdict[1]) == 0
+        finite = self._tally is None or int(self._verdict[1]) == 0
         return self.contribution.data_ptr(), self.result.data_ptr(), self._sent_on, finite
 
     def is_sent(self, wait: bool) -> bool:

@@ -68,7 +68,7 @@ class Transfers(Protocol):
     def pack(self, packing: Packing, bucket: torch.Tensor, scale: float, tally: torch.Tensor | None = None) -> None:
         """Starts to put gradients into their bucket, scaled and cast, after the caller's work so far.
 
-        tally: two float64 on the device; the second is not zero afterwards if there is a NaN or an infinity.
+        tally: two int64 on the device; the second is not zero afterwards if there is a NaN or an infinity.
         """
 
     def unpack(
