@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,6 +111,22 @@ def test_half_precision_is_rounded_to_nearest_even(isa: str, dtype: str, factor:
     everything = np.arange(65536, dtype=np.uint16).view(storage(dtype))
     result = weighted_sum(dtype, [everything], [factor], isa=isa)
     np.testing.assert_array_equal(bits(result), bits(reference_sum(dtype, [everything], [factor])))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_denormal_numbers_count_wherever_the_thread_takes_them_for_zero(dtype: str) -> None:
+    """Two of them may make one that is not. A training thread sums, too, while it waits."""
+    smallest = from_numbers(dtype, np.array([2.0 ** {"float16": -14, "float64": -1022}.get(dtype, -126)]))
+    tiny = (bits(smallest) // 4 * 3).repeat(33).view(storage(dtype))
+    torch.set_flush_denormal(True)
+    try:
+        result = weighted_sum(dtype, [tiny, tiny], [1.0, 1.0])
+        flushes = torch.tensor(5e-324, dtype=torch.float64).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(bits(result), bits(reference_sum(dtype, [tiny, tiny], [1.0, 1.0])))
+    assert (bits(result) > bits(smallest)).all()
+    assert flushes, "the thread's choice is left as it was"
 
 
 @each_set

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cfenv>
 #include <string>
 
 #include "base/error.h"
@@ -46,6 +47,21 @@ void check_integer_weights(std::span<const double> weights, double scale) {
                    "use a floating-point type for means and weights");
 }
 
+// Denormal numbers are not zero, and rounding is to nearest, until the end of the scope.
+class UsualArithmetic {
+ public:
+  UsualArithmetic() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~UsualArithmetic() { std::fesetenv(&before_); }
+  UsualArithmetic(const UsualArithmetic&) = delete;
+  UsualArithmetic& operator=(const UsualArithmetic&) = delete;
+
+ private:
+  std::fenv_t before_{};
+};
+
 }  // namespace
 
 std::span<const InstructionSet> instruction_sets() {
@@ -65,6 +81,7 @@ void weighted_sum(DataType dtype, void* destination, std::span<const void* const
     if (norms != nullptr) throw UsageError("weighted_sum of integers: there are no squared norms of integers");
   }
   if (count == 0) return;
+  const UsualArithmetic here;
   instruction_sets().back().sum(dtype, destination, sources.data(), weights.data(), sources.size(), scale, count,
                                 norms);
 }

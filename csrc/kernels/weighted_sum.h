@@ -2,7 +2,8 @@
 //
 // The sum runs over i ascending, for each element on its own, in float32 for float16, bfloat16 and float32, in float64
 // for float64, and exactly (modulo 2^32 or 2^64) for integers. So the bits depend on the order of the sources alone:
-// not on alignment, on how a buffer is cut into pieces, or on the instruction set of the machine.
+// not on alignment, on how a buffer is cut into pieces, on the instruction set of the machine, or on what the calling
+// thread has been told to make of denormal numbers (PyTorch lets the user choose, TensorFlow chooses for its threads).
 // float16 and bfloat16 are rounded once, to nearest even.
 #pragma once
 
