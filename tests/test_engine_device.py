@@ -329,6 +329,21 @@ def test_a_group_that_fails_is_left_and_its_attempts_are_begun_anew_through_host
 
 
 @both_means
+def test_a_gpu_that_is_full_leaves_its_group(means: str, tmp_path: Path) -> None:
+    """Of what is trained: so there is no memory to sum in, nor page-locked memory. The training goes on."""
+
+    def body(stream: DeviceStream, on: list[Any]) -> None:
+        until(lambda: all(device.sums >= 10 for device in on), stream.step)
+        on[1].is_full = True
+        until(lambda: on[1].refused > 0 and not stream.direct, stream.step)
+        for _ in range(5):
+            stream.step()
+
+    streams, _ = train(3, tmp_path, body, means=means)
+    equal_histories(streams)
+
+
+@both_means
 def test_i4_a_contributor_that_stops_amid_its_backward_pass_is_replaced_and_its_group_aborted(
     means: str, tmp_path: Path
 ) -> None:

@@ -162,6 +162,7 @@ class HostDevice final : public Device {
   }
 
   std::byte* scratch(std::size_t bytes) override {
+    refuse_if_full();
     scratch_.push_back(std::make_unique<std::byte[]>(bytes));  // what was before may be in use still
     return scratch_.back().get();
   }
@@ -187,6 +188,7 @@ class HostDevice final : public Device {
             }};
   }
   std::shared_ptr<std::byte> host_memory(std::size_t bytes, bool may_wait) override {
+    if (may_wait) refuse_if_full();
     auto block = may_wait ? host_blocks_->take(bytes) : host_blocks_->take_again(bytes);
     if (block) ++host_places;
     return block;
@@ -247,9 +249,17 @@ class HostDevice final : public Device {
   std::atomic<int> most_queue_memory = std::numeric_limits<int>::max();  // blocks: then none is left
   std::atomic<bool> hangs = false;                                       // nothing of the queue is done
   std::atomic<bool> holds_beside = false;                                // no copy beside it is
+  std::atomic<bool> is_full = false;                                     // there is no memory, page-locked or there
+  std::atomic<int> refused = 0;
   std::atomic<int> failing_exchange = 0;  // the group fails at the exchange with this number
 
  private:
+  void refuse_if_full() {
+    if (!is_full) return;
+    ++refused;
+    throw RuntimeFailure("no memory is left");
+  }
+
   const std::string folder_;
   const std::string why_no_groups_;
   std::minstd_rand random_;
@@ -399,6 +409,10 @@ void register_device(nb::module_& module) {
       .def_prop_rw(
           "holds_beside", [](const HostDevice& self) { return self.holds_beside.load(); },
           [](HostDevice& self, bool value) { self.holds_beside = value; })
+      .def_prop_ro("refused", [](const HostDevice& self) { return self.refused.load(); })
+      .def_prop_rw(
+          "is_full", [](const HostDevice& self) { return self.is_full.load(); },
+          [](HostDevice& self, bool value) { self.is_full = value; })
       .def_prop_rw(
           "failing_exchange", [](const HostDevice& self) { return self.failing_exchange.load(); },
           [](HostDevice& self, int value) { self.failing_exchange = value; });

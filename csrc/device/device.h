@@ -78,8 +78,8 @@ class Device {
   virtual Norms sum(DataType dtype, void* destination, std::span<const void* const> sources,
                     std::span<const double> weights, double scale, std::size_t count, bool measured) = 0;
 
-  // At least so many bytes on the GPU. There is one such block: it is valid until the next call, and work that is put
-  // into the queue after this call may use it (whatever used it before comes first).
+  // At least so many bytes on the GPU; RuntimeFailure if there are not. There is one such block: it is valid until the
+  // next call, and work that is put into the queue after this call may use it (whatever used it before comes first).
   virtual std::byte* scratch(std::size_t bytes) = 0;
 
   // At least so many bytes on the GPU, of which any library may be told (scratch() may be memory that only the queue
@@ -93,7 +93,8 @@ class Device {
   virtual std::shared_ptr<std::byte> queue_memory(std::size_t bytes) = 0;
 
   // At least so many bytes of host memory to and from which copies go without the host (page-locked). To take more than
-  // there was may wait for all that is in the queue: unless `may_wait`, null is given instead. The rest as memory().
+  // there was may wait for all that is in the queue: unless `may_wait`, null is given instead. RuntimeFailure if there
+  // is no more. The rest as memory().
   virtual std::shared_ptr<std::byte> host_memory(std::size_t bytes, bool may_wait) = 0;
 
   // Waits for nothing in the queue: begins a copy from the GPU, of what is there by now, to host_memory(). One at a

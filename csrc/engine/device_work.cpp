@@ -7,6 +7,7 @@
 #include <optional>
 #include <utility>
 
+#include "base/error.h"
 #include "collective/transport_group.h"
 
 namespace hvd_backup {
@@ -214,7 +215,11 @@ Journal::Block DeviceWork::place_for(std::size_t bytes) {
     if (auto data = device_.queue_memory(bytes)) return {std::move(data), bytes, true};
   }
   const bool waits_for_nobody = in_groups_.empty();
-  return {device_.host_memory(bytes, waits_for_nobody), bytes, false};
+  try {
+    return {device_.host_memory(bytes, waits_for_nobody), bytes, false};
+  } catch (const RuntimeFailure&) {  // no memory is left, most likely
+    return {nullptr, bytes, false};
+  }
 }
 
 void DeviceWork::read(Journal::Block block, OnRead on_read) {
@@ -282,7 +287,12 @@ bool DeviceWork::put_into_queue() {
     const std::shared_ptr<InGroup> op = first->second.op;
     if (!op) break;  // its bucket is not here yet
     if (!op->over) {
-      if (!op->allreduce->go_on()) break;
+      try {
+        if (!op->allreduce->go_on()) break;
+      } catch (const RuntimeFailure& error) {  // no memory is left, most likely
+        abort(op->id, error.what());
+        continue;
+      }
       worked = true;
       if (op->begun == 0) op->begun = ++begun_;
       if (!op->allreduce->issued()) break;  // its group is at work, and asked again next time
