@@ -64,8 +64,12 @@ def the_gpu(number: int, nccl_library: str) -> Gpu:
         number: see why_no_library.
         nccl_library: where NCCL is, if it is not found by name.
     """
-    why_not = why_no_library(number)
-    return (None, why_not) if why_not else (_device(number, nccl_library), "")
+    if why_not := why_no_library(number):
+        return None, why_not
+    try:
+        return _device(number, nccl_library), ""
+    except RuntimeError as error:
+        return None, f"GPU {number} does not have what the engine needs ({error})"
 
 
 @functools.cache

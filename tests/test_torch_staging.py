@@ -144,12 +144,18 @@ def test_a_gpu_library_that_does_not_run_here_is_not_used(monkeypatch: pytest.Mo
             if number > 1000:
                 raise RuntimeError("CUDA: moving gradients: no kernel image is available for execution on the device")
 
+        @staticmethod
+        def Device(number: int, nccl_library: str) -> None:  # noqa: N802
+            raise RuntimeError("CUDA: making a memory pool: operation not supported")
+
     for module in (staging, data_plane):
         monkeypatch.setattr(module, "library", lambda: CompiledForOthers)
     assert staging.library_for(1000) is CompiledForOthers
     with pytest.warns(UserWarning, match=r"PyTorch packs gradients: .* not run on GPU 1001 \(CUDA: .*no kernel image"):
         assert staging.library_for(1001) is None
     assert data_plane.the_gpu(1001, "")[0] is None
+    gpu, why_not = data_plane.the_gpu(1000, "")
+    assert gpu is None and "GPU 1000 does not have what the engine needs (CUDA: making a memory pool" in why_not
     for module in (staging, data_plane):
         monkeypatch.setattr(module, "library", lambda: None)
     assert staging.library_for(1000) is None
