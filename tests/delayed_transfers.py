@@ -50,18 +50,8 @@ class HostLibrary:
             ctypes.c_uint64.from_address(tally + 8).value = nonfinite
 
     @staticmethod
-    def unpack(
-        gradient: str,
-        wire: str,
-        gradients: Sequence[int],
-        begins: Sequence[int],
-        counts: Sequence[int],
-        bucket: int,
-        scale: float,
-        device: int | None,
-        stream: int,
-    ) -> None:
-        core.gpu_unpack(gradient, wire, gradients, begins, counts, bucket, scale)
+    def unpack(*arguments: Any) -> None:
+        core.gpu_unpack(*arguments[:-2])  # all but device and stream
 
 
 class DelayedTransfers:

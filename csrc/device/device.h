@@ -1,6 +1,6 @@
 // One GPU as the engine uses it: one queue of work of our own (a stream), copies beside it, and groups of ranks whose
-// GPUs exchange data without the host (an NCCL communicator). The GPU library implements it with CUDA;
-// the tests with host memory.
+// GPUs exchange data without the host (an NCCL communicator). The GPU library implements it with CUDA; the tests with
+// host memory.
 //
 // Threads: record() from any; all else from the one that has the engine's turn. Nothing here blocks but abort(), and
 // host_memory() if it may. What goes wrong is a RuntimeFailure; in a group it is the group's state.

@@ -75,8 +75,7 @@ class CudaDevice final : public Device {
 
   Ready record(void* stream) override {
     const OnDevice here(device_);
-    Event event = events_->take();
-    check(cudaEventRecord(event.get(), static_cast<cudaStream_t>(stream)), "recording what a stream has begun");
+    Event event = recorded(static_cast<cudaStream_t>(stream));
     // Who waits does so for what has been recorded by then: the event can be used again at once.
     const auto give_back = [pool = events_](Event* used) {
       pool->give_back(std::move(*used));
@@ -98,7 +97,7 @@ class CudaDevice final : public Device {
 
   void copy_beside(void* to, const void* from, std::size_t bytes) override {
     const OnDevice here(device_);
-    Event now = recorded(stream_);
+    Event now = recorded(stream_.get());
     check(cudaStreamWaitEvent(beside_.get(), now.get(), 0), "waiting for the queue");
     events_->give_back(std::move(now));
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, beside_.get()), "copying beside the queue");
@@ -150,9 +149,9 @@ class CudaDevice final : public Device {
 
   Mark mark() override {
     const OnDevice here(device_);
-    marks_.push_back(recorded(stream_));
+    marks_.push_back(recorded(stream_.get()));
     // Once: later marks are reached after this one.
-    if (std::exchange(has_copied_beside_, false)) marks_.push_back(recorded(beside_));
+    if (std::exchange(has_copied_beside_, false)) marks_.push_back(recorded(beside_.get()));
     return reached_ + marks_.size();
   }
 
@@ -177,9 +176,9 @@ class CudaDevice final : public Device {
   }
 
  private:
-  Event recorded(const OwnStream& stream) {
+  Event recorded(cudaStream_t stream) {
     Event event = events_->take();
-    check(cudaEventRecord(event.get(), stream.get()), "marking a point in a stream");
+    check(cudaEventRecord(event.get(), stream), "marking a point in a stream");
     return event;
   }
 
@@ -217,7 +216,7 @@ class CudaDevice final : public Device {
 
 std::unique_ptr<Device> make_cuda_device(int device, std::shared_ptr<const Nccl> nccl) {
   const OnDevice here(device);
-  load_all(device);
+  load_all();
   return std::make_unique<CudaDevice>(device, std::move(nccl));
 }
 

@@ -93,8 +93,7 @@ struct Loader {
 
 }  // namespace
 
-void load_all(int device) {
-  const OnDevice here(device);
+void load_all() {
   const Piece piece{nullptr, 0, 1};
   const void* const source = nullptr;
   const double weight = 1.0;

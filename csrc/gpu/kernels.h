@@ -44,8 +44,8 @@ void sum(DataType dtype, void* destination, std::span<const void* const> sources
 // Whether kernels run on this GPU: throws if not. Waits for one.
 void try_on(int device);
 
-// Otherwise CUDA loads each kernel when it is launched first, for which it may wait for all that runs: for an exchange,
-// say, that waits for another rank.
-void load_all(int device);
+// Onto the calling thread's current device. Otherwise CUDA loads each kernel when it is launched first, and may wait
+// for all that runs to do so: for an exchange, say, that waits for another rank.
+void load_all();
 
 }  // namespace hvd_backup::gpu

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -131,32 +131,19 @@ class Packing:
     ) -> bool:
         """With one launch of the GPU library, if there is one and it can do it. tally: see Transfers.pack."""
         dtypes = {gradient.dtype for gradient in self.tensors()} or {bucket.dtype}
-        if gpu is None or len(dtypes) > 1:
+        if len(dtypes) > 1:
             return False
         (dtype,) = dtypes
-        if dtype not in DTYPES or not gpu.can_cast(DTYPES[dtype], DTYPES[bucket.dtype]):
-            return False
         moved = [
-            (view.storage_offset(), view, gradient)
+            (view, gradient)
             for gradient, view in zip(self.gradients, self.views, strict=True)
             if gradient is not view or scale != 1.0 or tally is not None
         ]
-        if any(g is not None and g.stride() != view.stride() and g.numel() > 1 for _, view, g in moved):
-            return False  # its elements lie in another order
-        moved.sort(key=lambda each: each[0])
+        arguments = _arguments(gpu, dtype, bucket, moved, scale, stream)
+        if arguments is None:
+            return False
         if moved:
-            gpu.pack(
-                DTYPES[dtype],
-                DTYPES[bucket.dtype],
-                [0 if gradient is None else gradient.data_ptr() for _, _, gradient in moved],
-                [place for place, _, _ in moved],
-                [view.numel() for _, view, _ in moved],
-                bucket.data_ptr(),
-                scale,
-                bucket.device.index,
-                stream,
-                0 if tally is None else tally.data_ptr(),
-            )
+            gpu.pack(*arguments, 0 if tally is None else tally.data_ptr())
         return True
 
     def pack(self, gpu: Any, bucket: torch.Tensor, scale: float, stream: int, tally: torch.Tensor | None) -> bool:
@@ -183,26 +170,47 @@ def unpack(
         Whether the library has done it.
     """
     dtype = gradients[0].dtype
-    can = gpu is not None and dtype in DTYPES and gpu.can_cast(DTYPES[dtype], DTYPES[bucket.dtype])
     pairs = list(zip(views, gradients, strict=True))
-    if not can or any(gradient.stride() != view.stride() and gradient.numel() > 1 for view, gradient in pairs):
-        for view, gradient in pairs:
-            wide = view.to(torch.promote_types(dtype, torch.float32))
-            gradient.copy_(wide if scale == 1.0 else wide.mul_(scale))
-        return False
-    pairs.sort(key=lambda pair: pair[0].storage_offset())
-    gpu.unpack(
+    arguments = _arguments(gpu, dtype, bucket, pairs, scale, stream)
+    if arguments is not None:
+        gpu.unpack(*arguments)
+        return True
+    for view, gradient in pairs:
+        wide = view.to(torch.promote_types(dtype, torch.float32))
+        gradient.copy_(wide if scale == 1.0 else wide.mul_(scale))
+    return False
+
+
+def _arguments(
+    gpu: Any,
+    dtype: torch.dtype,
+    bucket: torch.Tensor,
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    scale: float,
+    stream: int,
+) -> tuple[Any, ...] | None:
+    """What the GPU library's pack and unpack take; None: it cannot do it.
+
+    Args:
+        dtype: of the gradients.
+        pairs: views of the bucket, each with its gradient or None.
+    """
+    if gpu is None or dtype not in DTYPES or not gpu.can_cast(DTYPES[dtype], DTYPES[bucket.dtype]):
+        return None
+    if any(g is not None and g.stride() != view.stride() and g.numel() > 1 for view, g in pairs):
+        return None  # its elements lie in another order
+    ordered = sorted(pairs, key=lambda pair: pair[0].storage_offset())
+    return (
         DTYPES[dtype],
         DTYPES[bucket.dtype],
-        [gradient.data_ptr() for _, gradient in pairs],
-        [view.storage_offset() for view, _ in pairs],
-        [gradient.numel() for _, gradient in pairs],
+        [0 if gradient is None else gradient.data_ptr() for _, gradient in ordered],
+        [view.storage_offset() for view, _ in ordered],
+        [view.numel() for view, _ in ordered],
         bucket.data_ptr(),
         scale,
         bucket.device.index,
         stream,
     )
-    return True
 
 
 def look_for_nonfinite(bucket: torch.Tensor, tally: torch.Tensor) -> None:
