@@ -106,7 +106,7 @@ def lose_the_coordinator(folder: str) -> str:
     hvd.on_failure(lambda reason: Path(folder, f"{hvd.rank()}").write_text(f"{digest(model)} {reason}"))
     try:
         for _ in hvd.follow(range(STEPS), optimizer):
-            if hvd.rank() == 0 and optimizer.global_step == 20:
+            if hvd.rank() == 0 and optimizer.global_step >= 20:
                 die()
             optimizer.zero_grad()
             loss_of(model, batch(hvd.rank(), optimizer.global_step)).backward()
@@ -186,11 +186,13 @@ def train_until_the_launcher_ends_it(folder: str) -> None:
         Path(folder, f"{hvd.rank()}").write_text(f"{'whole' if whole else 'torn'} {reason}")
 
     hvd.on_failure(save)
+    told = False
     for _ in hvd.follow(range(1_000_000), optimizer):
         optimizer.zero_grad()
         loss_of(model, batch(hvd.rank(), optimizer.global_step)).backward()
         optimizer.step()
-        if optimizer.global_step == 20:
+        if not told and optimizer.global_step >= 20:  # a rank that was late may have made many updates in one step
+            told = True
             mark("trains")
 
 
