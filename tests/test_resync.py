@@ -29,6 +29,19 @@ def test_i4_the_others_go_on_and_it_is_said_once() -> None:
     assert not talk.recorded("held")
 
 
+def test_of_a_rank_at_the_edge_of_the_journal_it_is_said_once_until_it_has_come_back() -> None:
+    """It makes its updates as fast as the others, and goes out of the journal and into it again all the time."""
+    talk = far_behind(updates=9, max_lag=8)
+    for step in range(9, 20):
+        talk.arrive(2, step - 8)  # has one update more: in the journal again
+        talk.final(step, 0, 1)
+    assert [beyond["step"] for beyond in talk.recorded("beyond")] == [8]
+    talk.arrive(2, 16)
+    for step in range(20, 25):
+        talk.final(step, 0, 1)
+    assert [beyond["step"] for beyond in talk.recorded("beyond")] == [8, 24]
+
+
 def test_i5_nothing_is_kept_beyond_max_lag() -> None:
     talk = far_behind(updates=3)
     talk.arrive(0, 3)

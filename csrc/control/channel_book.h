@@ -118,6 +118,7 @@ class ChannelBook {
     Step blocked_in = -1;      // the step whose decision it waits for
     Step applied = 0;          // at least; acknowledged by asking for more
     Step reached = 0;          // at least; it has the results of all steps before
+    bool said_beyond = false;  // it is on record that it is beyond the journal, and it has not come back since
     Step arrived = -1;         // the last step that it has arrived at
     Step taken_over = -1;      // the step of the state that it has taken over last
     TimeUs given_at = 0;       // when it was told of that

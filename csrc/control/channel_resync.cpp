@@ -33,12 +33,16 @@ bool ChannelBook::anybody_beyond() const {
   return false;
 }
 
-// The open step is about to be decided: what the journals cannot hold besides falls out of them.
+// The open step is about to be decided: what the journals cannot hold besides falls out of them. Which rank then is
+// beyond them is said once until it has come back: half the journal is between the two, for one at the edge.
 void ChannelBook::move_journal(TimeUs now) {
   const Step from = open_step_ + 1 - options_.max_lag;  // at most: see held_for_returning
   if (!resyncs() || from <= kept_from_) return;
   for (int r = 0; r < size_; ++r) {
-    if (gone_[static_cast<std::size_t>(r)] || has(r) < kept_from_ || has(r) >= from) continue;
+    bool& said = ranks_[static_cast<std::size_t>(r)].said_beyond;
+    if (open_step_ - has(r) <= options_.max_lag / 2) said = false;
+    if (gone_[static_cast<std::size_t>(r)] || said || has(r) >= from) continue;
+    said = true;
     Record beyond = record(Record::Event::beyond, now);
     beyond.step = open_step_;
     beyond.ranks = {r};
