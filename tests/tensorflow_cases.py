@@ -147,7 +147,7 @@ def tape_of_a_slow_rank() -> dict[str, Any]:
         warnings.simplefilter("always")
         for _ in range(60):
             if hvd.rank() == 3:
-                time.sleep(0.02)
+                time.sleep(0.05)
             step()
     seconds = time.monotonic() - started
     hvd.barrier()

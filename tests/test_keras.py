@@ -116,8 +116,7 @@ def test_i4_a_slow_rank_costs_the_others_nothing(keras_results: Results) -> None
     values = of(keras_results, "a_rank_that_is_always_slow")
     assert len(digests(values)) == 1
     assert {value["step"] for value in values} == {2 * EPOCH}
-    late_s = EPOCH * 0.2
-    assert max(value["seconds"] for value in values) < 0.6 * late_s, "as slow as the slow one"
+    assert values[3]["missed"] > EPOCH / 2, "the slow one was waited for"
 
 
 @pytest.mark.parametrize("name", OWN_LOOPS)

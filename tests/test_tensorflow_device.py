@@ -109,7 +109,7 @@ def test_i4_a_late_rank_catches_up_with_what_lies_in_host_memory(results: Result
 def test_handing_over_waits_for_nothing_and_keeps_what_was_handed_over(results: Results) -> None:
     for value in of(results, "handing_over"):
         assert value["seen"] == (0, 1, 2)
-        assert value["seconds"] < 0.4
+        assert value["seconds"] < 1.5, "it has waited for the last rank"
         assert value["weights"] == [[-2.0], [-2.0]]
         assert value["others"] == [7.0], "a result was written where it has no memory any more"
 
