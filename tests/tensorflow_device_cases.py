@@ -72,7 +72,7 @@ def begin(folder: str, way: str) -> Gpu:
     os.environ["HVD_BACKUP_BUCKET_BYTES"] = "400"  # several buckets
     init(hvd, takes_gpu_memory=way == "mpi")
     gpu = put_in_place(folder)
-    gpu.device.failing_exchange = 1 if way == "no group" else 0  # for some seconds there is none then
+    gpu.device.failing_exchange = 1 if way == "no group" else 0
     return gpu
 
 

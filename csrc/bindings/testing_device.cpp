@@ -169,7 +169,8 @@ class HostDevice final : public Device {
 
   // An exchange of a group that is not one of HostGroup takes memory once.
   std::shared_ptr<std::byte> memory(std::size_t bytes) override {
-    if (++exchanges == failing_exchange) throw RuntimeFailure("told to fail");
+    ++exchanges;
+    if (is_failing()) throw RuntimeFailure("told to fail");
     auto block = blocks_->take(bytes);
     std::byte* const data = block.get();
     ++*in_use;
@@ -251,7 +252,9 @@ class HostDevice final : public Device {
   std::atomic<bool> holds_beside = false;                                // no copy beside it is
   std::atomic<bool> is_full = false;                                     // there is no memory, page-locked or there
   std::atomic<int> refused = 0;
-  std::atomic<int> failing_exchange = 0;  // the group fails at the exchange with this number
+  std::atomic<int> failing_exchange = 0;  // from the exchange with this number on, groups fail; 0: none does
+
+  bool is_failing() const { return failing_exchange > 0 && exchanges >= failing_exchange; }
 
  private:
   void refuse_if_full() {
@@ -305,7 +308,7 @@ void HostGroup::exchange(std::span<const Part> parts) {
   if (parts.empty() || busy_ > 0 || failed_) throw RuntimeFailure("an exchange of nothing, or when it is not ready");
   ++device_.exchanges;
   busy_ = 2;
-  if (device_.exchanges == device_.failing_exchange) {
+  if (device_.is_failing()) {
     failed_ = true;
     reason_ = "told to fail";
     return;
