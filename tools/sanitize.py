@@ -59,12 +59,12 @@ SANITIZERS = {
             *("tests/test_control_rules.py", "tests/test_control_policy.py", "tests/test_chooser.py"),
             *("tests/test_kernels.py", "tests/test_gpu_kernels.py", "tests/test_nccl.py"),
             *("tests/test_engine_device.py", "tests/test_device_groups.py"),
-            # Not ranks as processes (MPI's own memory), not 9 GiB, not hundreds of members where a few will do. (TSan
-            # leaves out megabytes, too, which take it half a minute.)
+            # Not ranks as processes (MPI's own memory), not 9 GiB, not hundreds of members where a few will do. Not
+            # megabytes: a rank that fetches them is so slow here that it may never come up with the others.
             *(
                 "-k",
                 "not ranks and not asked and not 2_to_the_31 and not finalize and not wrong_state and not stopped "
-                "and not hundreds",
+                "and not hundreds and not megabytes",
             ),
         ),
     ),
