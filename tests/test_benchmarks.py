@@ -54,7 +54,7 @@ def test_step_perf(tmp_path: Path, options: tuple[str, ...]) -> None:
     cases = {(r["case"], r["backup_workers"]): r for r in results["cases"]}
     assert set(cases) == {("nobody slow", 0), ("nobody slow", 1), ("straggler", 0), ("straggler", 1)}
     assert cases["straggler", 0]["p50_ms"] >= 170  # computing and straggling
-    assert cases["straggler", 1]["p50_ms"] < cases["straggler", 0]["p50_ms"]
+    assert cases["straggler", 1]["p50_ms"] < 170
     assert results["straggler_back"]["since"] > 0
     assert "time / ideal" in printed
 
@@ -62,7 +62,7 @@ def test_step_perf(tmp_path: Path, options: tuple[str, ...]) -> None:
 def test_killed_rank_perf(tmp_path: Path) -> None:
     results, printed = quick_results("killed_rank_perf", tmp_path, survive_losses=True)
     assert results["kills"] == 1 and results["verified"]
-    assert "longest_extra_wait_ms" in results
+    assert results["longest_extra_wait_ms"] < 500
     assert "longest extra wait" in printed
 
 
@@ -71,7 +71,7 @@ def test_stopped_rank_perf(tmp_path: Path) -> None:
     assert results["stops"] == 2
     assert min(results["stopped_s"]) >= 0.5
     assert min(results["caught_up"]) >= 2
-    assert results["median_extra_wait_ms"] <= results["p90_extra_wait_ms"] <= results["longest_extra_wait_ms"]
+    assert results["median_extra_wait_ms"] <= results["p90_extra_wait_ms"] <= results["longest_extra_wait_ms"] < 500
     assert "longest extra wait" in printed
 
 
