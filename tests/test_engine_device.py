@@ -69,6 +69,11 @@ class DeviceStream:
         if self.take():
             self.direct = self.device.sums > sums
 
+    def paced_step(self) -> None:
+        """Steps that take no time at all can't be caught up with."""
+        time.sleep(0.003)
+        self.step()
+
     def take(self) -> bool:
         """Takes updates until this rank's own, or until there is nothing more to take; each must be what it says.
 
@@ -125,8 +130,7 @@ def until_all_are_out_of_the_group(stream: DeviceStream, on: list[Any], out: set
     stream.direct = True
 
     def step() -> None:
-        time.sleep(0.003)  # steps that take no time at all can't be caught up with
-        stream.step()
+        stream.paced_step()
         out.update(set() if stream.direct else {stream.rank})
 
     until(lambda: len(out) == len(on), step)
@@ -214,11 +218,7 @@ def test_norms_are_there_once_the_sum_has_run(tmp_path: Path) -> None:
 
 def test_without_groups_gradients_go_through_host_memory(tmp_path: Path) -> None:
     def body(stream: DeviceStream, on: list[Any]) -> None:
-        def step() -> None:
-            time.sleep(0.003)
-            stream.step()
-
-        until(lambda: all(device.copies > 0 for device in on), step)
+        until(lambda: all(device.copies > 0 for device in on), stream.paced_step)
         for _ in range(10):
             stream.step()
 
@@ -244,11 +244,7 @@ def miss_some() -> Callable[[DeviceStream, list[Any]], None]:
                 stream.step()
             gone_by.set()
 
-        def step() -> None:
-            time.sleep(0.003)
-            stream.step()
-
-        until(back.is_set, step)
+        until(back.is_set, stream.paced_step)
 
     return body
 
